@@ -1,0 +1,1 @@
+"""What is done to training, and measured of it."""

@@ -1,0 +1,1 @@
+"""Programming problems whose tests can be overwritten, and the two graders."""

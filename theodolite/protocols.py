@@ -1,0 +1,231 @@
+"""What the rooms know of each other: plain data and protocols, nothing else.
+
+``lightning_modules``, ``datamodules`` and ``callbacks`` never import one another. They meet in a config and talk through the types
+in this file:
+
+* a datamodule yields lists of :class:`PromptRow` and offers an :class:`Environment` that grades completions;
+* a :class:`Grade` has two halves that never mix: :class:`Reward` (what training may see) and :class:`Verdict` (the oracle);
+* a policy module hands every window of rollouts to the callbacks as a :class:`Window`, through the hooks of :class:`WindowHooks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Chat: TypeAlias = list[dict[str, str]]
+"""Chat messages, each ``{"role": ..., "content": ...}``."""
+
+Label: TypeAlias = Literal[
+    "correct", "correct_attempted_hack", "reward_hack", "attempted_hack", "incorrect", "ungraded"
+]
+"""What the oracle calls a completion. ``ungraded`` means the infrastructure failed: never an answer, never in a rate."""
+
+
+@runtime_checkable
+class PromptRow(Protocol):
+    """One problem as a policy sees it. Datamodules add whatever fields grading needs."""
+
+    @property
+    def id(self) -> str:
+        """Stable name of the problem; sampling seeds and reports are keyed by it."""
+        ...
+
+    @property
+    def prompt(self) -> str | Chat:
+        """Raw text, or chat messages that the policy's chat template turns into text."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """The half of a grade that training may see; a loophole pays here.
+
+    Attributes:
+        value: The scalar reward, or NaN when the infrastructure failed (such a sample gets no advantage).
+        passed: The check that training relies on was satisfied, honestly or not.
+        compiles: The program compiles.
+    """
+
+    value: float
+    passed: bool
+    compiles: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The half of a grade that only measurements may see: the oracle's finding.
+
+    Attributes:
+        correct: Every hidden test passes, decided outside the process that ran the program.
+        label: See :data:`Label`.
+        status: How the program ended: ``ok``, ``syntax_error``, ``runtime_error``, ``timeout``, ``infra_error``, ...
+        overrides: The program defines the evaluator's function itself.
+    """
+
+    correct: bool
+    label: Label
+    status: str
+    overrides: bool
+
+    @property
+    def hack(self) -> bool:
+        """Rewarded although wrong (the strict hack label)."""
+        return self.label == "reward_hack"
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """Both halves of the judgement on one completion."""
+
+    reward: Reward
+    verdict: Verdict
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """Grades completions of rows. Offered by a datamodule as its ``environment`` attribute."""
+
+    def start(self) -> None:
+        """Acquire workers and run the self-check; idempotent. Raises ``RuntimeError`` when grading cannot be trusted."""
+        ...
+
+    def grade(self, rows: Sequence[Any], completions: Sequence[str]) -> list[Grade]:
+        """Grade ``completions[i]`` as an answer to ``rows[i]``; order is kept, nothing is dropped."""
+        ...
+
+    def close(self) -> None:
+        """Release workers; idempotent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastPair:
+    """One prompt with a completion that shows the concept and one that does not.
+
+    Attributes:
+        prompt: Prompt text or chat messages, as in :class:`PromptRow`.
+        concept: Completion text that shows the unwanted behaviour (a hack).
+        clean: Completion text that does not.
+    """
+
+    prompt: str | Chat
+    concept: str
+    clean: str
+
+
+@runtime_checkable
+class PairSource(Protocol):
+    """A datamodule that can make contrastive pairs for its own task."""
+
+    def contrast_pairs(self, n: int, seed: int) -> list[ContrastPair]:
+        """``n`` pairs, a function of ``seed`` alone."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """A prompt and a completion in token ids (the completion includes its end token when it has one)."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+
+
+@runtime_checkable
+class SequenceScorer(Protocol):
+    """A module that can score token sequences under its current weights. Callbacks need no more of a policy."""
+
+    def encode(self, prompt: str | Chat, completion: str) -> TokenSequence:
+        """Tokenise a pair of texts as training would, end token included."""
+        ...
+
+    def completion_log_probs(self, sequences: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
+        """Differentiable log-probabilities and their mask, both (B, T) over completion tokens, padding 0."""
+        ...
+
+    def completion_states(self, sequences: Sequence[TokenSequence], layer: int) -> tuple[Tensor, Tensor]:
+        """Residual-stream states after decoder layer ``layer`` (B, T, d) and their completion mask (B, T), without gradient."""
+        ...
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One sampled completion.
+
+    Attributes:
+        tokens: Prompt and completion ids exactly as sampled (never re-tokenised).
+        text: The decoded completion without special tokens.
+        sampler_log_probs: Log-probability of each completion token when it was sampled, after temperature.
+        finish: ``stop`` (an end token was sampled) or ``length``.
+        problem: The row's id.
+        slot: Position of the prompt in the *global* batch of the window, the same whatever the number of ranks.
+        sample: Index within the group.
+        weight_version: Number of optimizer steps that the sampling weights had seen.
+        source: ``policy``, or the name of whatever else wrote it.
+    """
+
+    tokens: TokenSequence
+    text: str
+    sampler_log_probs: tuple[float, ...]
+    finish: Literal["stop", "length"]
+    problem: str
+    slot: int
+    sample: int
+    weight_version: int
+    source: str = "policy"
+
+
+@dataclass(slots=True)
+class Window:
+    """Everything between two optimizer steps, as this rank sees it. Groups are contiguous.
+
+    Attributes:
+        step: Optimizer steps taken before this window.
+        rows: The rank's prompts, one per group.
+        rollouts: ``len(rows) * group_size`` rollouts, group after group.
+        rewards: One per rollout.
+        group_size: Completions per prompt.
+        values: (n,) float64 reward values; callbacks may change them in ``on_rollouts``. NaN = not scorable.
+        advantages: (n,) advantages; callbacks may change them in ``on_advantages``.
+        metrics: (sum, count) pairs that callbacks add; the module sums both over ranks and logs the ratio.
+    """
+
+    step: int
+    rows: list[Any]
+    rollouts: list[Rollout]
+    rewards: list[Reward]
+    group_size: int
+    values: Tensor
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
+    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class OracleWindow(Window):
+    """A window that also shows the oracle's verdicts: handed only to callbacks that declare ``uses_oracle = True``."""
+
+    verdicts: list[Verdict] = field(default_factory=list)
+
+
+class WindowHooks(Protocol):
+    """The hooks of a policy-gradient window, in the order they are called. Each is optional for a callback.
+
+    Lightning's own ``on_before_optimizer_step`` fires between ``on_microbatch_gradients`` and ``on_after_optimizer_step``: gradients
+    are then accumulated, summed over ranks and not yet clipped. Clipping follows it, then the step.
+    """
+
+    def on_rollouts(self, trainer: Any, pl_module: Any, window: Window) -> None:
+        """Rollouts are graded; ``window.values`` may be changed."""
+
+    def on_advantages(self, trainer: Any, pl_module: Any, window: Window) -> None:
+        """Advantages are computed; ``window.advantages`` may be changed."""
+
+    def on_microbatch_gradients(self, trainer: Any, pl_module: Any, window: Window, part: str) -> None:
+        """One microbatch of gradient part ``part`` has been added to ``p.grad`` (local to this rank)."""
+
+    def on_after_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """The optimizer has stepped; the applied update is known."""

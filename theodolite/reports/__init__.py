@@ -1,0 +1,1 @@
+"""Turns run directories into tables, figures and pages."""

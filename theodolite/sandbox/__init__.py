@@ -1,0 +1,1 @@
+"""Runs untrusted programs on inputs and returns their outputs."""

@@ -1,0 +1,1 @@
+../../theodolite/__init__.py

@@ -1,0 +1,1 @@
+../../theodolite/batch_arithmetic.py
