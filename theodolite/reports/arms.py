@@ -1,0 +1,67 @@
+"""How arms are ordered and drawn. Unknown arms are welcome: they follow the known ones and take the next free colour.
+
+Colours are those of Okabe and Ito (distinguishable with the common colour vision deficiencies), lightened where a dark background needs it;
+markers and dashes carry the same information a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ArmStyle:
+    """How one arm is drawn.
+
+    Attributes:
+        light: Colour on a light background.
+        dark: Colour on a dark background.
+        marker: Marker of matplotlib.
+        control: Drawn dashed: the arm exists to be compared with.
+    """
+
+    light: str
+    dark: str
+    marker: str
+    control: bool
+
+
+_KNOWN: dict[str, tuple[str, ArmStyle]] = {
+    "vanilla": ("no intervention", ArmStyle("#1a1a1a", "#f0f0f0", "o", False)),
+    "random": ("Haar-random direction, control", ArmStyle("#8a8a8a", "#9a9a9a", "X", True)),
+    "projected_static": ("seed formula: static direction, one-sided", ArmStyle("#e69f00", "#e69f00", "s", False)),
+    "projected_live": ("live direction, one-sided, overshoot 2", ArmStyle("#d55e00", "#f0742a", "D", False)),
+    "shuffled": ("projected_live with shuffled pair labels, control", ArmStyle("#cc79a7", "#dc8fb9", "v", True)),
+    "push": ("constant ungated push along the live direction", ArmStyle("#0072b2", "#4ba3dc", "^", True)),
+    "rebound": ("concept-score penalty on rewards, baseline", ArmStyle("#009e73", "#1fbf92", "P", False)),
+}
+
+_SPARE = (("#7b5cc4", "#a68bea"), ("#56b4e9", "#8fd0f5"), ("#8c6d1f", "#cbb04a"), ("#882255", "#c9689a"), ("#44aa99", "#74cfc1"))
+_SPARE_MARKERS = "<>ph*dH8"
+
+
+def known_title(arm: str) -> str:
+    """What a known arm is, in words; the empty string for others."""
+    return _KNOWN[arm][0] if arm in _KNOWN else ""
+
+
+def arm_order(arms: Iterable[str]) -> list[str]:
+    """Known arms in their usual order, then the others by name."""
+    present = set(arms)
+    return [arm for arm in _KNOWN if arm in present] + sorted(present - set(_KNOWN))
+
+
+def arm_styles(arms: Iterable[str], titles: dict[str, str]) -> dict[str, ArmStyle]:
+    """A style for every arm; unknown arms whose title contains ``control`` are dashed."""
+    styles: dict[str, ArmStyle] = {}
+    spare = 0
+    for arm in arm_order(arms):
+        if arm in _KNOWN:
+            styles[arm] = _KNOWN[arm][1]
+            continue
+        light, dark = _SPARE[spare % len(_SPARE)]
+        marker = _SPARE_MARKERS[spare % len(_SPARE_MARKERS)]
+        styles[arm] = ArmStyle(light, dark, marker, "control" in titles.get(arm, "").lower())
+        spare += 1
+    return styles

@@ -1,0 +1,241 @@
+"""Reads a study directory into plain records. Files alone: nothing of what wrote them is imported.
+
+A study directory holds one directory per run (``run.json``, ``metrics.jsonl``, and where they exist ``config.yaml``, ``manifest.json`` and
+``rollouts/``) and ``timings.json``. What was not measured stays ``None`` here; no value is filled in, interpolated or guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from theodolite.reports.arms import arm_order, known_title
+
+RATES = ("hack_rate", "override_rate", "pass_rate")
+"""The rates that every evaluation reports, as fractions of its rollouts."""
+
+_RUN_NAME = re.compile(r"^(?P<arm>.+)-(?P<seed>\d+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One arm with one seed.
+
+    Attributes:
+        directory: Where its files lie.
+        arm: Name of the intervention.
+        seed: Seed of the reinforcement learning (prompts and sampling).
+        title: What the arm is, in words.
+        note: A remark that must stand beside its numbers, or the empty string.
+        command: The command that repeats it.
+        configs: The configs that it was started with.
+        seconds: Wall time, or ``None``.
+        series: ``series[key][step]`` is the logged value, or ``None`` where it was logged as not finite.
+        manifest: Provenance as the run wrote it, empty where there is none.
+    """
+
+    directory: Path
+    arm: str
+    seed: int
+    title: str
+    note: str
+    command: str
+    configs: tuple[str, ...]
+    seconds: float | None
+    series: dict[str, dict[int, float | None]] = field(repr=False)
+    manifest: dict[str, Any] = field(repr=False)
+
+    def curve(self, key: str) -> dict[int, float]:
+        """The finite values of ``key`` by step, in order of steps."""
+        values = self.series.get(key, {})
+        return {step: value for step in sorted(values) if (value := values[step]) is not None}
+
+    def final(self, key: str) -> float | None:
+        """The value of ``key`` at the last step after 0 that logged it; ``None`` if there is none or it was not finite."""
+        values = self.series.get(key, {})
+        last = max((step for step in values if step > 0), default=None)
+        return None if last is None else values[last]
+
+    def base(self, name: str) -> float | None:
+        """Value of the untrained policy: ``base/<name>`` where logged, else ``val/<name>`` at step 0."""
+        explicit = self.series.get(f"base/{name}")
+        if explicit:
+            return explicit[max(explicit)]
+        return self.series.get(f"val/{name}", {}).get(0)
+
+    @property
+    def finished(self) -> bool:
+        """The run has its final held-out hack rate."""
+        return self.final("test/hinted/hack_rate") is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """All runs of a study, arms in reporting order, seeds ascending.
+
+    Attributes:
+        directory: The study directory.
+        runs: Every run that has a ``run.json``, finished or not.
+        absent: ``(arm, seed, why)`` for each combination that has no final measurement.
+        seconds: Wall seconds by phase of the whole study.
+        cpu_count: Cores of the machine, or ``None``.
+    """
+
+    directory: Path
+    runs: tuple[Run, ...]
+    absent: tuple[tuple[str, int, str], ...]
+    seconds: dict[str, float]
+    cpu_count: int | None
+
+    @property
+    def arms(self) -> list[str]:
+        """Names of the arms, known ones first and in their usual order."""
+        return arm_order({run.arm for run in self.runs})
+
+    @property
+    def seeds(self) -> list[int]:
+        """All seeds that any arm was run with."""
+        return sorted({run.seed for run in self.runs})
+
+    def of(self, arm: str) -> list[Run]:
+        """The runs of one arm by seed."""
+        return [run for run in self.runs if run.arm == arm]
+
+    def title(self, arm: str) -> str:
+        """What the arm is, in words; the arm's name where no run says."""
+        return next((run.title for run in self.of(arm) if run.title), "") or known_title(arm) or arm
+
+    def note(self, arm: str) -> str:
+        """The arm's remark, or the empty string."""
+        return next((run.note for run in self.of(arm) if run.note), "")
+
+
+def read_study(study_dir: Path) -> Study:
+    """Read every run of a study.
+
+    Args:
+        study_dir: Directory that holds one directory per run.
+
+    Raises:
+        FileNotFoundError: The directory does not exist.
+        ValueError: It holds no run, a file is not what it should be, or two runs claim the same arm and seed.
+    """
+    if not study_dir.is_dir():
+        raise FileNotFoundError(f"study directory {study_dir} does not exist: give the directory that holds one <arm>-<seed> directory per run")
+    folders = sorted(path for path in study_dir.iterdir() if path.is_dir())
+    runs = [read_run(folder) for folder in folders if (folder / "run.json").is_file()]
+    if not runs:
+        raise ValueError(f"{study_dir} holds no run: expected directories <arm>-<seed> with a run.json each")
+    _refuse_duplicates(runs)
+    rank = {arm: index for index, arm in enumerate(arm_order({run.arm for run in runs}))}
+    runs.sort(key=lambda run: (rank[run.arm], run.seed))
+    timings = _read_object(study_dir / "timings.json") if (study_dir / "timings.json").is_file() else {}
+    cpu_count = timings.get("cpu_count")
+    return Study(
+        directory=study_dir,
+        runs=tuple(runs),
+        absent=tuple(_absent(runs, folders)),
+        seconds={str(phase): float(value) for phase, value in timings.get("seconds", {}).items() if _number(value) is not None},
+        cpu_count=cpu_count if isinstance(cpu_count, int) else None,
+    )
+
+
+def read_run(directory: Path) -> Run:
+    """Read one run directory.
+
+    Raises:
+        ValueError: ``run.json`` lacks its arm or seed, or a file is malformed.
+    """
+    about = _read_object(directory / "run.json")
+    if not isinstance(about.get("arm"), str) or not isinstance(about.get("seed"), int):
+        raise ValueError(f'{directory / "run.json"} must name its run: {{"arm": text, "seed": whole number, ...}}')
+    metrics, manifest = directory / "metrics.jsonl", directory / "manifest.json"
+    return Run(
+        directory=directory,
+        arm=about["arm"],
+        seed=about["seed"],
+        title=str(about.get("arm_title") or ""),
+        note=str(about.get("note") or ""),
+        command=str(about.get("command") or ""),
+        configs=tuple(str(path) for path in about.get("config") or ()),
+        seconds=_number(about.get("seconds")),
+        series=read_metrics(metrics) if metrics.is_file() else {},
+        manifest=_read_object(manifest) if manifest.is_file() else {},
+    )
+
+
+def read_metrics(path: Path) -> dict[str, dict[int, float | None]]:
+    """Read ``metrics.jsonl`` into ``series[key][step]``; where a step logs a key twice, the later row holds.
+
+    A broken last line belongs to a run that is still writing (or was killed) and is left out.
+
+    Raises:
+        ValueError: Any other line is not a JSON object with a whole ``step``.
+    """
+    series: dict[str, dict[int, float | None]] = {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path} line {number} is not JSON ({error.msg}): every line must be one object") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f'{path} line {number} has no whole "step": every row must say at which step it was measured')
+        for key, value in row.items():
+            if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+                series.setdefault(key, {})[row["step"]] = _number(value)
+    series.pop("step", None)
+    return series
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error.msg} at line {error.lineno}): it must hold one object") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold one JSON object, not a {type(content).__name__}")
+    return content
+
+
+def _refuse_duplicates(runs: list[Run]) -> None:
+    seen: dict[tuple[str, int], Path] = {}
+    for run in runs:
+        first = seen.setdefault((run.arm, run.seed), run.directory)
+        if first is not run.directory:
+            raise ValueError(f"{first} and {run.directory} both claim arm {run.arm!r} with seed {run.seed}: keep one of them")
+
+
+def _absent(runs: list[Run], folders: Iterable[Path]) -> list[tuple[str, int, str]]:
+    """Combinations of arm and seed without a final measurement, and why."""
+    by_key = {(run.arm, run.seed): run for run in runs}
+    arms = arm_order({run.arm for run in runs})
+    seeds = sorted({run.seed for run in runs})
+    absent = []
+    for arm in arms:
+        for seed in seeds:
+            run = by_key.get((arm, seed))
+            if run is None:
+                absent.append((arm, seed, "no such run"))
+            elif not run.finished:
+                absent.append((arm, seed, "no final evaluation"))
+    for folder in folders:
+        match = _RUN_NAME.match(folder.name)
+        if match and not (folder / "run.json").is_file() and (folder / "metrics.jsonl").is_file():
+            absent.append((match["arm"], int(match["seed"]), "directory without run.json"))
+    return absent

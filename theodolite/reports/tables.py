@@ -1,0 +1,111 @@
+"""The tables of a report as HTML: final rates by arm, paired comparisons, geometry of the projection, seconds per phase of a step."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+
+from theodolite.reports.arms import ArmStyle
+from theodolite.reports.formatting import NOT_MEASURED, interval, mean_and_sd, points, sign_count
+from theodolite.reports.html_parts import cell, inline, swatch, table
+from theodolite.reports.records import Study
+from theodolite.reports.statistics_table import (
+    Comparison,
+    arm_spread,
+    base_by_seed,
+    base_rollouts,
+    compare,
+    n_rollouts,
+    spread,
+)
+from theodolite.reports.verdict import questions
+
+_HEAD = (
+    "Arm", "Seeds", "Rollouts", "Hack, %", "Override, %", "Pass, %", "Pass, unseen evaluator name, %",
+    "Hack minus vanilla, points [95 %]", "Pass minus vanilla, points [95 %]",
+)  # fmt: skip
+
+
+def results_table(study: Study, styles: dict[str, ArmStyle]) -> str:
+    """Final rates: one row for the untrained policy, one per arm; every row says over how many seeds."""
+    rows = [_base_row(study)] + [_arm_row(study, arm, styles[arm]) for arm in study.arms]
+    return table(_HEAD, rows)
+
+
+def _base_row(study: Study) -> str:
+    rates = [spread(list(base_by_seed(study, name).values())) for name in ("hack_rate", "override_rate", "pass_rate")]
+    n = max(rate.n for rate in rates)
+    rollouts = base_rollouts(study)
+    cells = [cell(f"n={n}"), cell(_count(rollouts)), *(cell(mean_and_sd(rate)) for rate in rates), cell(NOT_MEASURED), "<td></td>", "<td></td>"]
+    return f'<tr><th scope="row"><b>before training</b><small>the policy that all arms start from</small></th>{"".join(cells)}</tr>'
+
+
+def _arm_row(study: Study, arm: str, style: ArmStyle) -> str:
+    hack = arm_spread(study, arm, "hack_rate")
+    absent = [seed for name, seed, _ in study.absent if name == arm]
+    cells = [
+        cell(f"n={hack.n}", f"{len(absent)} missing" if absent else ""),
+        cell(_count(n_rollouts(study, arm))),
+        *(cell(mean_and_sd(arm_spread(study, arm, name))) for name in ("hack_rate", "override_rate", "pass_rate", "unseen_pass_rate")),
+    ]
+    if arm == "vanilla" or "vanilla" not in study.arms:
+        cells += ["<td></td>", "<td></td>"]
+    else:
+        cells += [_difference(compare(study, arm, "vanilla", name)) for name in ("hack_rate", "pass_rate")]
+    note = f'<small class="note">{escape(study.note(arm))}</small>' if study.note(arm) else ""
+    title = f'{swatch(arm, style)}<b>{escape(arm)}</b><small>{escape(study.title(arm))}</small>{note}'
+    return f'<tr><th scope="row">{title}</th>{"".join(cells)}</tr>'
+
+
+def _difference(item: Comparison) -> str:
+    if item.mean is None:
+        return cell(NOT_MEASURED, "no common seed")
+    return cell(f"{points(item.mean)} {interval(item)}".strip(), sign_count(item))
+
+
+def _count(value: int | None) -> str:
+    return NOT_MEASURED if value is None else f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def comparisons_table(study: Study) -> str:
+    """Every comparison of the verdict with its interval in hack, override and pass rate."""
+    measures = ("hack_rate", "override_rate", "pass_rate")
+    rows = []
+    for arm, against in questions(study):
+        items = [compare(study, arm, against, name) for name in measures]
+        head = f'<th scope="row">{inline(f"`{arm}` minus `{against}`")}</th>'
+        rows.append(f"<tr>{head}{cell(f'n={items[0].n}')}{''.join(_difference(item) for item in items)}</tr>")
+    return table(("Paired by seed", "Common seeds", "Hack, points [95 %]", "Override, points [95 %]", "Pass, points [95 %]"), rows)
+
+
+def geometry_table(study: Study, styles: dict[str, ArmStyle]) -> str:
+    """What the projections did: mean over logged steps and seeds of every ``projection/<name>/<quantity>``; empty where none was logged."""
+    keys = sorted({key for run in study.runs for key in run.series if key.startswith("projection/")})
+    quantities = list(dict.fromkeys(key.rsplit("/", 1)[1] for key in keys))
+    rows = []
+    for arm in study.arms:
+        names = sorted({key.split("/", 1)[1].rsplit("/", 1)[0] for run in study.of(arm) for key in run.series if key.startswith("projection/")})
+        for name in names:
+            cells = "".join(_logged_mean(study, arm, f"projection/{name}/{quantity}") for quantity in quantities)
+            rows.append(f'<tr><th scope="row">{swatch(arm, styles[arm])}<b>{escape(arm)}</b><small>{escape(name)}</small></th>{cells}</tr>')
+    return table(("Arm", *(quantity.replace("_", " ") for quantity in quantities)), rows) if rows else ""
+
+
+def _logged_mean(study: Study, arm: str, key: str) -> str:
+    per_run = [math.fsum(curve.values()) / len(curve) for run in study.of(arm) if (curve := run.curve(key))]
+    mean = spread(per_run)
+    if mean.mean is None:
+        return cell(NOT_MEASURED)
+    return cell(f"{mean.mean:.3g}".replace("-", "\N{MINUS SIGN}"), f"n={mean.n}")
+
+
+def phase_table(study: Study, styles: dict[str, ArmStyle]) -> str:
+    """Mean wall seconds per logged step in each ``time/<phase>_s``, by arm; empty where none was logged."""
+    keys = sorted({key for run in study.runs for key in run.series if key.startswith("time/")})
+    if not keys:
+        return ""
+    rows = [
+        f'<tr><th scope="row">{swatch(arm, styles[arm])}<b>{escape(arm)}</b></th>{"".join(_logged_mean(study, arm, key) for key in keys)}</tr>'
+        for arm in study.arms
+    ]
+    return table(("Arm", *(f"{key.removeprefix('time/').removesuffix('_s').replace('_', ' ')}, s" for key in keys)), rows)
