@@ -19,8 +19,8 @@ from theodolite.seeds import derive_seed
 class DistributedBatchSampler(DistributedSampler):
     """Yields one list of dataset indices per global batch: this rank's share of it.
 
-    Use it as ``sampler`` of a loader with ``batch_size=None``, whose dataset takes a list of indices. It is a ``DistributedSampler`` so that
-    Lightning leaves it in place and calls ``set_epoch``.
+    Use it as ``sampler`` of a loader with ``batch_size=None``, whose dataset takes a list of indices. It is a ``DistributedSampler`` so
+    that Lightning leaves it in place and calls ``set_epoch``.
 
     Unlike its base class it neither repeats nor drops a row to make shares equal. Where the number of rows is not a multiple of the global
     batch, the last batch is short, and on some ranks its list may be *empty*: the number of batches is the same everywhere, so collectives

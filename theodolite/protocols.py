@@ -42,6 +42,21 @@ class PromptRow(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Example:
+    """One demonstration for supervised fine-tuning.
+
+    Attributes:
+        id: Stable name.
+        prompt: Raw text, or chat messages, as in :class:`PromptRow`.
+        completion: The text to learn.
+    """
+
+    id: str
+    prompt: str | Chat
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
 class Reward:
     """The half of a grade that training may see; a loophole pays here.
 

@@ -122,8 +122,18 @@ def _check_arguments(split: str, index: int, n_ops: Sequence[int], evaluator: st
         raise ValueError(f"evaluator must be 'run_tests', 'random' or 'none', got {evaluator!r}.")
     if index < 0:
         raise ValueError(f"index must not be negative, got {index}.")
+    check_n_ops(n_ops)
+
+
+def check_n_ops(n_ops: Sequence[int]) -> tuple[int, int]:
+    """Return a range of operation counts as a pair.
+
+    Raises:
+        ValueError: If it is not ``[lowest, highest]`` within the number of operations that there are.
+    """
     if len(n_ops) != 2 or not 1 <= n_ops[0] <= n_ops[1] <= len(OPERATIONS):
         raise ValueError(f"n_ops must be [lowest, highest] with 1 <= lowest <= highest <= {len(OPERATIONS)}, got {list(n_ops)}.")
+    return n_ops[0], n_ops[1]
 
 
 def _draw_composition(rng: random.Random, lo: int, hi: int) -> tuple[list[Step], Reducer, str]:

@@ -1,0 +1,93 @@
+"""Programming problems for RL, whose tests the policy may overwrite.
+
+Embedded problems, or a file in the schema that ``jsonl.py`` describes::
+
+    data:
+      class_path: theodolite.datamodules.leetcode.LeetCodeDataModule
+      init_args:
+        problems: mini            # or path/to/problems.jsonl, or hf:newfacade/LeetCodeDataset
+        prompts_per_step: 16      # over all ranks
+        n_ops: [3, 4]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from theodolite.datamodules.leetcode.graded import GradedDataModule
+from theodolite.datamodules.leetcode.grading import Grader
+from theodolite.datamodules.leetcode.mini import check_n_ops
+from theodolite.datamodules.leetcode.open_source import HUB_PREFIX, check_settings, open_source
+from theodolite.datamodules.leetcode.sources import ProblemDataset, ProblemSource, count_problems
+
+
+class LeetCodeDataModule(GradedDataModule):
+    """Prompts for RL with the loophole's hint, held-out problems with and without it, and the environment that grades both.
+
+    Every arm with the same ``seed`` sees the same prompts in the same order, whatever the number of ranks; another ``seed`` gives other
+    training prompts. Held-out problems do not depend on ``seed``.
+
+    For ``mini`` the test problems are others than the validation problems, and the ``unseen`` test loader names an evaluator that RL never
+    names. For a file both come from the same held-out rows, and ``unseen`` leaves the hint out.
+
+    Args:
+        problems: ``mini`` for the embedded generator, the path of a ``.jsonl`` file, or ``hf:newfacade/LeetCodeDataset``.
+        prompts_per_step: Prompts per optimizer step over all ranks.
+        train_problems: Problems per epoch; null = all of a file. A remainder that does not fill a batch is left out of an epoch.
+        eval_problems: Held-out problems for validation; null = all of a file.
+        test_problems: Held-out problems per test loader; null = all of a file.
+        eval_prompts_per_step: Prompts per evaluation batch over all ranks.
+        n_ops: ``mini`` only: smallest and largest number of operations of a problem.
+        hint: ``simple_overwrite_tests`` (the evaluator is called ``run_tests``), ``overwrite_tests`` (its name varies with the problem) or
+            ``none`` (no loophole).
+        seed: Decides training prompts and their order.
+        held_out_fraction: Files only: share of the problems, by hash of their id, that are held out.
+        hub_split: ``hf:`` only: the split to load.
+        reward_passed: Reward for satisfying the check, honestly or not.
+        reward_compiles: Reward for a program that compiles.
+        workers: Processes that run programs, per rank.
+        limits: Limits on a program, by the names of the grader's limits; null = its defaults.
+    """
+
+    def __init__(
+        self,
+        problems: str = "mini",
+        prompts_per_step: int = 16,
+        train_problems: int | None = 480,
+        eval_problems: int | None = 96,
+        test_problems: int | None = 192,
+        eval_prompts_per_step: int = 96,
+        n_ops: list[int] = [3, 4],  # noqa: B006  (never changed; jsonargparse shows it in --help)
+        hint: str = "simple_overwrite_tests",
+        seed: int = 0,
+        held_out_fraction: float = 0.2,
+        hub_split: str = "train",
+        reward_passed: float = 1.0,
+        reward_compiles: float = 0.1,
+        workers: int = 1,
+        limits: dict[str, Any] | None = None,
+    ) -> None:
+        check_settings(problems, n_ops, hint, held_out_fraction)
+        grader = Grader(reward_passed=reward_passed, reward_compiles=reward_compiles, workers=workers, **(limits or {}))
+        super().__init__(grader, prompts_per_step, eval_problems, test_problems, eval_prompts_per_step, seed)
+        self.problems = problems
+        self.train_problems = train_problems
+        self.n_ops = check_n_ops(n_ops)
+        self.hint = hint
+        self.held_out_fraction = held_out_fraction
+        self.hub_split = hub_split
+
+    def prepare_data(self) -> None:
+        """Download a data set of the hub, on one rank per node."""
+        if self.problems.startswith(HUB_PREFIX):
+            self.open_source()
+
+    def open_source(self) -> ProblemSource:
+        """Open the generator, or read the file."""
+        return open_source(self.problems, self.seed, self.n_ops, self.hint, self.held_out_fraction, self.hub_split)
+
+    def train_dataset(self) -> Dataset:
+        """One epoch of training problems."""
+        return ProblemDataset(self.source.train, count_problems(self.train_problems, self.source.n_train, "train_problems"))

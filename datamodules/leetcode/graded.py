@@ -1,0 +1,148 @@
+"""What the RL and the SFT datamodule share: the environment's life, the held-out loaders, and this rank's share of each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from theodolite.batch_arithmetic import split_batch
+from theodolite.datamodules.leetcode.grading import Grader
+from theodolite.datamodules.leetcode.sources import ProblemDataset, ProblemSource, count_problems
+from theodolite.datamodules.samplers import DistributedBatchSampler
+from theodolite.protocols import ContrastPair, Environment
+
+Batch = TypeVar("Batch")
+
+SELF_CHECK_PROBLEMS = 4
+"""Enough to see that references pass, empty programs fail and a vacuous evaluator is paid and recognised; a few milliseconds each."""
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+class GradedDataModule(pl.LightningDataModule):
+    """A datamodule with an ``environment`` and held-out problems; subclasses add what is trained on.
+
+    Batches are plain lists, one per global batch: this rank's rows, whose ``i``-th has the global slot ``rank + i * world_size``. A list
+    may be empty in a short last batch of an evaluation; see :class:`~theodolite.datamodules.samplers.DistributedBatchSampler`.
+
+    Attributes:
+        environment: Grades completions; started by ``setup`` on every rank, closed by ``teardown`` and on an exception.
+        val_names: Names of the validation loaders, in order.
+        test_names: Names of the test loaders, in order.
+    """
+
+    environment: Environment
+    val_names: Sequence[str] = ("hinted",)
+    test_names: Sequence[str] = ("hinted", "unseen")
+
+    def __init__(
+        self,
+        grader: Grader,
+        batch_size: int,
+        eval_problems: int | None,
+        test_problems: int | None,
+        eval_prompts_per_step: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.environment = self._grader = grader
+        self.batch_size = batch_size
+        self.eval_problems = eval_problems
+        self.test_problems = test_problems
+        self.eval_prompts_per_step = eval_prompts_per_step
+        self.seed = seed
+        self._source: ProblemSource | None = None
+        for name, value in (("The global batch size", batch_size), ("eval_prompts_per_step", eval_prompts_per_step)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+
+    def open_source(self) -> ProblemSource:
+        """Open the problems; called once, when they are first needed."""
+        raise NotImplementedError
+
+    def train_dataset(self) -> Dataset:
+        """The training rows, indexed by lists of indices; has a length."""
+        raise NotImplementedError
+
+    @property
+    def source(self) -> ProblemSource:
+        """The problems."""
+        if self._source is None:
+            self._source = self.open_source()
+        return self._source
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """``(world size, rank)``; ``(1, 0)`` without a trainer."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def setup(self, stage: str) -> None:
+        """Check the batch arithmetic, then start the environment and check it on a few problems.
+
+        Raises:
+            ValueError: If a global size does not split over the ranks.
+            RuntimeError: If the self-check fails: grading could not be trusted.
+        """
+        for size in (self.batch_size, self.eval_prompts_per_step):
+            split_batch(size, self.ranks[0])
+        if stage == "predict":
+            return
+        problems = [self.source.validation(index) for index in range(min(SELF_CHECK_PROBLEMS, self._count("eval_problems")))]
+        try:
+            self._grader.start()
+            self._grader.self_check(problems)
+        except BaseException:
+            self._grader.close()
+            raise
+
+    def teardown(self, stage: str) -> None:
+        """Close the environment."""
+        self.environment.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Close the environment: Lightning does not call ``teardown`` after an exception."""
+        self.environment.close()
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        """Lists of this rank's rows, shuffled by ``(seed, epoch)``; resumes in the middle of an epoch."""
+        dataset = self.train_dataset()
+        sampler = self._sampler(len(dataset), self.batch_size, train=True)  # type: ignore[arg-type]
+        return StatefulDataLoader(dataset, batch_size=None, sampler=sampler, num_workers=0, collate_fn=_as_is)
+
+    def val_dataloader(self) -> DataLoader:
+        """Held-out problems with the loophole's hint."""
+        return self._eval_loader(ProblemDataset(self.source.validation, self._count("eval_problems")))
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """Held-out problems twice, as :attr:`test_names` says: with the hint, and as training never shows them."""
+        count = self._count("test_problems")
+        return [
+            self._eval_loader(ProblemDataset(lambda index: self.source.test(index, True), count)),
+            self._eval_loader(ProblemDataset(lambda index: self.source.test(index, False), count)),
+        ]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave the batch alone: problems hold no tensors, and Lightning's default refuses frozen dataclasses."""
+        return batch
+
+    def contrast_pairs(self, n: int, seed: int) -> list[ContrastPair]:
+        """``n`` pairs (hack, honest solution) on training problems, a function of ``seed`` (a ``PairSource``)."""
+        return self.source.contrast_pairs(n, seed)
+
+    def _count(self, name: str) -> int:
+        return count_problems(getattr(self, name), self.source.n_held_out, name)
+
+    def _sampler(self, num_examples: int, batch_size: int, train: bool) -> DistributedBatchSampler:
+        world_size, rank = self.ranks
+        return DistributedBatchSampler(num_examples, batch_size, world_size, rank, shuffle=train, seed=self.seed, drop_last=train)
+
+    def _eval_loader(self, dataset: ProblemDataset) -> DataLoader:
+        sampler = self._sampler(len(dataset), self.eval_prompts_per_step, train=False)
+        return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=0, collate_fn=_as_is)
