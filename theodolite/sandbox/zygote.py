@@ -1,0 +1,181 @@
+"""The fork server: a bare interpreter that forks one locked-down child per job.
+
+Started by path as a program of its own (``python -s -P -S zygote.py CONTROL_FD``), so that nothing of the parent (torch, models, secrets,
+other people's answers) is in its memory. It passes descriptors on and never reads a job or an answer: a child is a copy of this process
+and would find them.
+
+Control messages (SOCK_SEQPACKET): in, :data:`REQUEST` and two descriptors (job, answer); out, :data:`REPLY`.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import gc
+import importlib
+import importlib.util
+import os
+import random
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from types import ModuleType
+from typing import Any
+
+REQUEST = struct.Struct("=ddQQ")
+"""cpu_s, wall_s, memory_bytes, output_bytes."""
+
+REPLY = struct.Struct("=iddQB")
+"""Wait status (-1: no child), CPU seconds, wall seconds, peak resident bytes, 1 if killed at the wall limit."""
+
+HELLO = b"ready"
+LOCKDOWN_FAILED = signal.SIGUSR1
+"""A child that could not lock itself down dies of this signal. After lock-down no signal can be sent, so no program can pretend."""
+
+JOB_FD, ANSWER_FD = 3, 4
+
+MODULES = (
+    "abc array ast base64 binascii bisect calendar cmath collections collections.abc contextlib copy dataclasses datetime decimal difflib "
+    "encodings.idna enum fractions functools graphlib hashlib heapq inspect io itertools json keyword locale logging math numbers operator "
+    "pprint queue random re secrets statistics string struct sys textwrap threading time timeit traceback types typing unicodedata "
+    "unittest uuid warnings weakref zlib"
+).split()
+"""Imported once, before any fork. A child can open no file, so a program can import these and what they import, and nothing else."""
+
+
+def main() -> None:
+    """Serve jobs until the control socket closes or the parent is gone."""
+    for name in MODULES:
+        importlib.import_module(name)
+    control = socket.socket(fileno=_reserve_low_descriptors(int(sys.argv[1])))
+    parent = os.getppid()
+    server = _Server(control, parent)
+    gc.collect()
+    gc.freeze()  # a collection in a child would otherwise write to (and copy) every page
+    control.send(HELLO)
+    server.serve()
+
+
+def _reserve_low_descriptors(control: int) -> int:
+    """Put /dev/null on 0-4, so that a passed descriptor never lands there; returns the control socket's new number."""
+    moved = os.dup(control)
+    while moved <= ANSWER_FD:
+        moved = os.dup(moved)
+    null = os.open(os.devnull, os.O_RDWR)
+    while null <= ANSWER_FD:
+        null = os.dup(null)
+    for low in range(ANSWER_FD + 1):
+        os.dup2(null, low)
+    os.closerange(ANSWER_FD + 1, moved)
+    os.closerange(moved + 1, moved + 64)
+    return moved
+
+
+class _Server:
+    def __init__(self, control: socket.socket, parent: int) -> None:
+        self.control, self.parent = control, parent
+        self.codec, self.runner = _sibling("codec"), _sibling("runner")
+        self.jail: Any = _sibling("lockdown").Jail()
+        self.idle = select.poll()
+        self.idle.register(control, select.POLLIN)
+
+    def serve(self) -> None:
+        while True:
+            while not self.idle.poll(1000):
+                self._leave_if_orphaned()
+            request, ancillary, _, _ = self.control.recvmsg(REQUEST.size, socket.CMSG_LEN(2 * 4))
+            if len(request) != REQUEST.size:
+                os._exit(0)
+            descriptors = array.array("i")
+            for _level, _type, data in ancillary:
+                descriptors.frombytes(data)
+            reply = self._run_child(REQUEST.unpack(request), list(descriptors))
+            with contextlib.suppress(BrokenPipeError):  # the parent left; the next poll says so
+                self.control.send(reply)
+
+    def _leave_if_orphaned(self) -> None:
+        """Someone forked from the parent may still hold its end of the socket, which then never closes."""
+        if os.getppid() != self.parent:
+            os._exit(0)
+
+    def _run_child(self, request: tuple[float, float, int, int], descriptors: list[int]) -> bytes:
+        started = time.monotonic()
+        zygote = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError:
+            pid = -1
+        if pid == 0:
+            _child(self, zygote, request, descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if pid < 0:
+            return REPLY.pack(-1, 0.0, 0.0, 0, 0)
+        killed = not self._wait(pid, started + request[1])
+        _, status, usage = os.wait4(pid, 0)
+        cpu = usage.ru_utime + usage.ru_stime
+        return REPLY.pack(status, cpu, time.monotonic() - started, usage.ru_maxrss * 1024, killed)
+
+    def _wait(self, pid: int, deadline: float) -> bool:
+        """Wait for the child to end; kills it and returns False at the deadline."""
+        process = os.pidfd_open(pid)
+        try:
+            poll = select.poll()
+            poll.register(process, select.POLLIN)
+            poll.register(self.control, 0)  # hang-up only
+            while (left := deadline - time.monotonic()) > 0:
+                ready = dict(poll.poll(min(left, 1.0) * 1000 + 1))
+                if process in ready:
+                    return True
+                if ready or os.getppid() != self.parent:
+                    os.kill(pid, signal.SIGKILL)
+                    os._exit(0)
+            os.kill(pid, signal.SIGKILL)
+            return False
+        finally:
+            os.close(process)
+
+
+def _child(server: _Server, zygote: int, request: tuple[float, float, int, int], descriptors: list[int]) -> None:
+    """Lock down, then read the job, run it, answer, end. Never returns."""
+    cpu_s, _, memory_bytes, output_bytes = request
+    try:
+        server.jail.die_with_parent(zygote)
+        os.dup2(descriptors[0], JOB_FD)
+        os.dup2(descriptors[1], ANSWER_FD)
+        os.closerange(ANSWER_FD + 1, max([*descriptors, server.control.fileno()]) + 1)
+        random.seed(0)  # forking reseeds from the system; a verdict must not depend on luck
+        server.jail.lock_down(cpu_s, memory_bytes, output_bytes)
+    except BaseException:
+        os.kill(os.getpid(), LOCKDOWN_FAILED)
+    try:
+        answer = server.runner.answer(_read_all(JOB_FD), output_bytes, server.codec)
+        while answer:
+            answer = answer[os.write(ANSWER_FD, answer) :]
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def _read_all(descriptor: int) -> bytes:
+    parts: list[bytes] = []
+    while part := os.read(descriptor, 1 << 20):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _sibling(name: str) -> ModuleType:
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"_sandbox_{name}", path)
+    if spec is None or spec.loader is None:
+        raise RuntimeError(f"the sandbox cannot load {path}; reinstall theodolite")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    main()
