@@ -112,9 +112,10 @@ def library_versions(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
 
 
 def git_commit(folder: str | Path) -> str | None:
-    """The commit checked out around ``folder``, with ``+changes`` if tracked files differ from it; ``None`` outside of a checkout."""
+    """The commit whose checkout holds ``folder``'s files, with ``+changes`` if tracked files differ from it; else ``None``."""
     commit = _git(folder, "rev-parse", "HEAD")
-    if commit is None:
+    # an environment inside someone else's checkout is not part of it
+    if commit is None or not _git(folder, "ls-files", "--", "."):
         return None
     return commit + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
 

@@ -1,0 +1,274 @@
+"""The command line: ``theodolite {fit,validate,test,predict} --config a.yaml --config b.yaml --model.lr=1e-4``.
+
+A thin layer over LightningCLI. What it adds:
+
+* every run has its own folder, ``--run_dir`` (default ``runs/<first config>/<UTC time>``), with the resolved ``config.yaml``,
+  ``manifest.json``, ``metrics.jsonl`` and ``checkpoints/``;
+* a class, key or value that cannot work is reported in one sentence before any model is built (exit code 2);
+* on resuming with ``--ckpt_path``, the command line wins over the checkpoint's hyperparameters;
+* Ctrl-C says where the run and its last checkpoint are (exit code 130).
+
+Classes may be named in full (``theodolite.callbacks.X``) or, those of this package, by their own name (``X``). A later ``--config``
+overrides an earlier one key by key; ``callbacks:`` replaces the list and ``callbacks+:`` appends to it.
+
+One exception to the rule that ``theodolite`` does not import the three rooms: this file imports them, so that short names resolve.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.fabric.accelerators import ACCELERATOR_REGISTRY
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import StrategyRegistry
+
+from theodolite.config_check import Checker
+from theodolite.config_layers import ConfigError, closest, config_files, read_layers
+from theodolite.run_logger import RunLogger
+from theodolite.run_recorder import RunRecorder
+
+ROOMS = ("callbacks", "datamodules", "lightning_modules")
+SUBCOMMANDS = {
+    "fit": "train, from the start or from --ckpt_path",
+    "validate": "evaluate on the validation data",
+    "test": "evaluate on the test data",
+    "predict": "write predictions",
+}
+RUN_DIR_VARIABLE = "THEODOLITE_RUN_DIR"
+"""Set by rank zero for the processes that Lightning starts, so that all agree on a default folder."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one subcommand.
+
+    Args:
+        args: Command line without the program's name; ``None`` = ``sys.argv[1:]``. Only the latter works with several processes
+            started by Lightning, since those run the same command again.
+
+    Raises:
+        SystemExit: 2 with one sentence on stderr if the configuration cannot work, 130 after Ctrl-C.
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    try:
+        import_rooms()
+        check_args(args)
+        TheodoliteCLI(args)
+    except ConfigError as error:
+        _stop(2, f"theodolite: error: {error}")
+    except KeyboardInterrupt:
+        _stop(130, "theodolite: interrupted before the run started.")
+
+
+class TheodoliteCLI(LightningCLI):
+    """LightningCLI with a folder per run; see the module's docstring."""
+
+    def __init__(self, args: list[str]) -> None:
+        self._args = args
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_class=_Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=args,
+            auto_configure_optimizers=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--run_dir``."""
+        parser.add_argument("--run_dir", type=str | None, default=None, help="The run's folder (default: runs/<config>/<UTC time>).")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the given arguments; Lightning's version warns whenever the process has others of its own."""
+        self.config = parser.parse_args(self._args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: upstream lets the checkpoint's hyperparameters overrule the explicit command line."""
+
+    @property
+    def _settings(self) -> Any:
+        return self.config[str(self.subcommand)]
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run's folder, before anything is built."""
+        if self._settings.trainer.default_root_dir is not None:
+            raise ConfigError("trainer.default_root_dir is the run's own folder here; set --run_dir instead.")
+        ckpt_path = self._settings.get("ckpt_path")
+        if ckpt_path and ckpt_path not in ("best", "last", "hpc") and not Path(ckpt_path).exists():
+            raise ConfigError(f"There is no checkpoint '{ckpt_path}' (ckpt_path).")
+        self.run_dir = self._settings.run_dir or _agreed_run_dir(self._args)
+        if self.subcommand == "fit" and _global_rank() == 0 and not ckpt_path and (Path(self.run_dir) / "config.yaml").exists():
+            raise ConfigError(
+                f"{self.run_dir} already holds a run: continue it with --ckpt_path={self.run_dir}/checkpoints/<file>.ckpt, "
+                "or choose another --run_dir."
+            )
+        os.environ[RUN_DIR_VARIABLE] = self.run_dir
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; what a constructor refuses is a configuration error."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, MisconfigurationException) as error:
+            raise ConfigError(f"building the run failed: {' '.join(str(error).split())}") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Lightning's, with the run's folder, its logger first and its recorder before the configured callbacks."""
+        settings = self._get(self.config_init, "trainer", default={})
+        self._dump_config()
+        config = self.config_dump | {"run_dir": None}
+        recorder = RunRecorder(self.run_dir, str(self.subcommand), config, self._config_text(), self._args)
+        callbacks = settings.get("callbacks") or []
+        callbacks = [recorder, *(callbacks if isinstance(callbacks, list) else [callbacks])]
+        loggers = self._loggers(settings.get("logger"))
+        return super().instantiate_trainer(default_root_dir=self.run_dir, callbacks=callbacks, logger=loggers, **kwargs)
+
+    def _config_text(self) -> str:
+        """The resolved config as ``--config`` reads it back, without the folder: running it again is another run."""
+        settings = self._settings.clone()
+        settings["run_dir"] = None
+        settings.pop("config", None)
+        return self._parser(self.subcommand).dump(settings, skip_none=False)
+
+    def _loggers(self, configured: Logger | list[Logger] | bool | None) -> list[Logger] | bool:
+        if configured is False:
+            return False
+        others = [] if configured in (None, True) else configured if isinstance(configured, list) else [configured]
+        return [RunLogger(self.run_dir), *(logger for logger in others if isinstance(logger, Logger))]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; after Ctrl-C say where things are."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as error:
+            if not isinstance(error.__context__, KeyboardInterrupt):
+                raise
+            saved = sorted(Path(self.run_dir, "checkpoints").glob("**/*.ckpt"), key=lambda path: path.stat().st_mtime)
+            last = f"continue with --ckpt_path={saved[-1]}" if saved else "no checkpoint was saved yet"
+            _stop(130, f"theodolite: interrupted; the run is in {self.run_dir}, {last}." if _global_rank() == 0 else "")
+
+
+class _Parser(LightningArgumentParser):
+    """Reports what :func:`check_args` did not foresee in one line, without a usage dump."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise ConfigError(" ".join(message.split())) from ex
+
+
+def import_rooms() -> None:
+    """Import every module of the three rooms, so that their classes are known by short name."""
+    for room in ROOMS:
+        package = importlib.import_module(f"theodolite.{room}")
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+
+
+def check_args(args: Sequence[str]) -> None:
+    """Check a whole command line without building anything.
+
+    Raises:
+        ConfigError: One sentence about the first thing that cannot work.
+    """
+    if not args:
+        listing = "".join(f"\n  {name:<9} {what}" for name, what in SUBCOMMANDS.items())
+        raise ConfigError(f"say what to do, for example: theodolite fit --config configs/<study>/<file>.yaml{listing}")
+    if args[0] in ("-h", "--help"):
+        return
+    if args[0] not in SUBCOMMANDS:
+        if args[0].startswith("-"):
+            raise ConfigError(f"{args[0].partition('=')[0]} comes after the subcommand: theodolite fit {' '.join(args[:2])} ...")
+        raise ConfigError(f"there is no subcommand '{args[0]}'{closest(args[0], SUBCOMMANDS)}.")
+    if any(token in ("-h", "--help") or token.partition("=")[0].endswith(".help") for token in args[1:]):
+        return
+    layers = read_layers(args[1:])
+    checker = _checker(args[0])
+    checker.check(layers)
+    if "model" not in checker.classes:
+        raise ConfigError(f"no model is given: theodolite {args[0]} needs --config <file>.yaml, or --model=<class>.")
+
+
+def _checker(subcommand: str) -> Checker:
+    plain: dict[str, Any] = {"seed_everything": bool | int, "run_dir": str | None, "ckpt_path": str | None, "weights_only": bool | None}
+    plain |= {"fit": {}, "validate": {"verbose": bool}, "test": {"verbose": bool}, "predict": {"return_predictions": bool | None}}[
+        subcommand
+    ]
+    return Checker(
+        roots={"model": LightningModule, "data": LightningDataModule},
+        groups={"trainer": Trainer},
+        plain=plain,
+        bases={"trainer.callbacks": Callback, "trainer.logger": Logger},
+        choices={
+            "trainer.strategy": ["auto", *StrategyRegistry.available_strategies()],
+            "trainer.accelerator": ["auto", "gpu", *ACCELERATOR_REGISTRY.available_accelerators()],
+        },
+    )
+
+
+def _global_rank() -> int:
+    """This process's rank before any process group exists; 0 where nothing was launched."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def _agreed_run_dir(args: Sequence[str]) -> str:
+    """The default folder, the same on all ranks.
+
+    Rank zero chooses. Processes started by Lightning inherit its choice in the environment; those started by torchrun ask the store
+    that torchrun keeps for them.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            raise ConfigError("under this launcher the ranks cannot agree on a folder; pass --run_dir.")
+        return _run_dir_by_store(args)
+    if _global_rank() > 0:
+        inherited = os.environ.get(RUN_DIR_VARIABLE)
+        if inherited is None:
+            raise ConfigError("under this launcher the ranks cannot agree on a folder; pass --run_dir.")
+        return inherited
+    return _default_run_dir(args)
+
+
+def _run_dir_by_store(args: Sequence[str]) -> str:
+    # imported here: torch.distributed is missing from some builds, and only torchrun needs it
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=datetime.timedelta(seconds=120))
+    key = f"theodolite/run_dir/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if _global_rank() == 0:
+        store.set(key, _default_run_dir(args))
+    return store.get(key).decode()
+
+
+def _default_run_dir(args: Sequence[str]) -> str:
+    files = [name for name in config_files(args) if Path(name).is_file()]
+    folder = Path("runs") / (Path(files[0]).stem if files else "run")
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    taken = 1
+    while (folder / (stamp if taken == 1 else f"{stamp}-{taken}")).exists():
+        taken += 1
+    return str(folder / (stamp if taken == 1 else f"{stamp}-{taken}"))
+
+
+def _stop(code: int, line: str) -> NoReturn:
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    raise SystemExit(code) from None
+
+
+if __name__ == "__main__":
+    main()
