@@ -93,35 +93,32 @@ class TheodoliteCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the given arguments; Lightning's version warns whenever the process has others of its own."""
         self.config = parser.parse_args(self._args)
+        self.run_dir = self._settled_run_dir(str(self.config["subcommand"]))
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: upstream lets the checkpoint's hyperparameters overrule the explicit command line."""
 
-    @property
-    def _settings(self) -> Any:
-        return self.config[str(self.subcommand)]
-
-    def before_instantiate_classes(self) -> None:
-        """Settle the run's folder, before anything is built."""
-        if self._settings.trainer.default_root_dir is not None:
+    def _settled_run_dir(self, subcommand: str) -> str:
+        """The run's folder, settled before anything is seeded or built."""
+        settings = self.config[subcommand]
+        if settings.trainer.default_root_dir is not None:
             raise ConfigError("trainer.default_root_dir is the run's own folder here; set --run_dir instead.")
-        ckpt_path = self._settings.get("ckpt_path")
+        ckpt_path = settings.get("ckpt_path")
         if ckpt_path and ckpt_path not in ("best", "last", "hpc") and not Path(ckpt_path).exists():
-            raise ConfigError(f"There is no checkpoint '{ckpt_path}' (ckpt_path).")
-        self.run_dir = self._settings.run_dir or _agreed_run_dir(self._args)
-        if self.subcommand == "fit" and _global_rank() == 0 and not ckpt_path and (Path(self.run_dir) / "config.yaml").exists():
-            raise ConfigError(
-                f"{self.run_dir} already holds a run: continue it with --ckpt_path={self.run_dir}/checkpoints/<file>.ckpt, "
-                "or choose another --run_dir."
-            )
-        os.environ[RUN_DIR_VARIABLE] = self.run_dir
+            raise ConfigError(f"ckpt_path: there is no checkpoint '{ckpt_path}'.")
+        run_dir = settings.run_dir or _agreed_run_dir(self._args)
+        if subcommand == "fit" and _global_rank() == 0 and not ckpt_path and (Path(run_dir) / "config.yaml").exists():
+            resume = f"--ckpt_path={run_dir}/checkpoints/<file>.ckpt"
+            raise ConfigError(f"{run_dir} already holds a run: continue it with {resume}, or choose another --run_dir.")
+        os.environ[RUN_DIR_VARIABLE] = run_dir
+        return run_dir
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; what a constructor refuses is a configuration error."""
         try:
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
-            raise ConfigError(f"building the run failed: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"building the run failed: {_root_cause(error)}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Lightning's, with the run's folder, its logger first and its recorder before the configured callbacks."""
@@ -132,11 +129,14 @@ class TheodoliteCLI(LightningCLI):
         callbacks = settings.get("callbacks") or []
         callbacks = [recorder, *(callbacks if isinstance(callbacks, list) else [callbacks])]
         loggers = self._loggers(settings.get("logger"))
-        return super().instantiate_trainer(default_root_dir=self.run_dir, callbacks=callbacks, logger=loggers, **kwargs)
+        try:
+            return super().instantiate_trainer(default_root_dir=self.run_dir, callbacks=callbacks, logger=loggers, **kwargs)
+        except TypeError as error:
+            raise ConfigError(f"trainer: {error}") from error
 
     def _config_text(self) -> str:
         """The resolved config as ``--config`` reads it back, without the folder: running it again is another run."""
-        settings = self._settings.clone()
+        settings = self.config[str(self.subcommand)].clone()
         settings["run_dir"] = None
         settings.pop("config", None)
         return self._parser(self.subcommand).dump(settings, skip_none=False)
@@ -262,6 +262,13 @@ def _default_run_dir(args: Sequence[str]) -> str:
     while (folder / (stamp if taken == 1 else f"{stamp}-{taken}")).exists():
         taken += 1
     return str(folder / (stamp if taken == 1 else f"{stamp}-{taken}"))
+
+
+def _root_cause(error: BaseException) -> str:
+    """What the constructor itself said, from under the parser's report about it."""
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__ or error
+    return " ".join(str(error).split())
 
 
 def _stop(code: int, line: str) -> NoReturn:

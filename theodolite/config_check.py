@@ -249,7 +249,9 @@ def describe(annotation: Any) -> str:
         return names[annotation]
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(describe(part) for part in arguments))
+        options = Literal[tuple(literals(annotation))] if literals(annotation) else None
+        others = [part for part in arguments if not literals(part)]
+        return " or ".join(dict.fromkeys(describe(part) for part in ([options] if options else []) + others))
     if origin is Literal:
         return "one of " + ", ".join(repr(option) for option in arguments)
     if origin in (list, tuple, dict, set):

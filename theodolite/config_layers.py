@@ -86,6 +86,8 @@ def _option_layer(key: str, text: str) -> Layer:
             value = get_loader("yaml")(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"command line: {key.lstrip('-')} is not valid YAML or JSON: {text}.") from error
+    if key.lstrip("-") in ("model", "data", "trainer") and Path(text).is_file():
+        value = _file_layer(text).tree
     for part in reversed(key.lstrip("-").split(".")):
         value = {part: value}
     return Layer("command line", value, is_option=True)
