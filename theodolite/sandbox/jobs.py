@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-Status: TypeAlias = Literal[
-    "ok", "syntax_error", "runtime_error", "timeout", "memory", "output_limit", "no_answer", "infra_error"
-]
+Status: TypeAlias = Literal["ok", "syntax_error", "runtime_error", "timeout", "memory", "output_limit", "no_answer", "infra_error"]
 """How a job ended.
 
 ``ok``: the program ran and answered (single calls may still have raised). ``syntax_error``: it does not compile. ``runtime_error``: its

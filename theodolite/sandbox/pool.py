@@ -132,7 +132,9 @@ class Sandbox:
         probe = Job(_PROBE, entry="broken_out", calls=(Call(),))
         for outcome in self._run([probe] * len(self._workers), Limits()):
             if outcome.status != "ok":
-                raise RuntimeError(f"the sandbox cannot isolate programs here ({outcome.status}: {outcome.error}); seccomp filters are needed")
+                raise RuntimeError(
+                    f"the sandbox cannot isolate programs here, it needs seccomp filters ({outcome.status}: {outcome.error})"
+                )
             if outcome.outputs != ([],):
                 raise RuntimeError(f"the sandbox does not hold here: {outcome.outputs} got through; refusing to run untrusted programs")
 

@@ -38,11 +38,12 @@ LOCKDOWN_FAILED = signal.SIGUSR1
 JOB_FD, ANSWER_FD = 3, 4
 
 MODULES = (
-    "abc array ast base64 binascii bisect calendar cmath collections collections.abc contextlib copy dataclasses datetime decimal difflib "
-    "encodings.idna enum fractions functools graphlib hashlib heapq inspect io itertools json keyword locale logging math numbers operator "
-    "pprint queue random re secrets statistics string struct sys textwrap threading time timeit traceback types typing unicodedata "
-    "unittest uuid warnings weakref zlib"
-).split()
+    "abc", "array", "ast", "base64", "binascii", "bisect", "calendar", "cmath", "collections", "collections.abc", "contextlib",
+    "copy", "dataclasses", "datetime", "decimal", "difflib", "encodings.idna", "enum", "fractions", "functools", "graphlib",
+    "hashlib", "heapq", "inspect", "io", "itertools", "json", "keyword", "locale", "logging", "math", "numbers", "operator",
+    "pprint", "queue", "random", "re", "secrets", "statistics", "string", "struct", "sys", "textwrap", "threading", "time",
+    "timeit", "traceback", "types", "typing", "unicodedata", "unittest", "uuid", "warnings", "weakref", "zlib",
+)  # fmt: skip
 """Imported once, before any fork. A child can open no file, so a program can import these and what they import, and nothing else."""
 
 
