@@ -1,1 +1,6 @@
 """What is trained."""
+
+from .grpo import GRPOModule
+from .sft import SFTModule
+
+__all__ = ["GRPOModule", "SFTModule"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -19,3 +20,8 @@ def derive_seed(*parts: int | str) -> int:
     """
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def run_seed(seed: int | None) -> int:
+    """``seed`` itself, or the run's ``seed_everything`` where it is None (0 outside a seeded run)."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed

@@ -1,0 +1,88 @@
+"""Builds policies: any causal language model of ``transformers``, from the hub, a folder or a random initialisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from theodolite.seeds import derive_seed
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_policy(policy: str | dict[str, Any], revision: str | None, dtype: str, seed: int, vocab_size: int | None = None) -> nn.Module:
+    """A causal language model.
+
+    Args:
+        policy: Hub id or folder, or the fields of a ``transformers`` config (``model_type`` and its sizes) for a random initialisation.
+        revision: Hub revision.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        seed: Seed of a random initialisation; the global generator is left as it was.
+        vocab_size: Vocabulary of a random initialisation, where its config does not say.
+
+    Returns:
+        The model, in train mode.
+
+    Raises:
+        ValueError: For an unknown dtype, a missing ``model_type``, or a folder that holds no model.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"model.dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    if isinstance(policy, str):
+        if policy.startswith((".", "/")) and not (Path(policy) / "config.json").is_file():
+            raise ValueError(f"model.policy names the folder {policy!r}, which holds no config.json; export a policy there or give a hub id.")
+        model = AutoModelForCausalLM.from_pretrained(policy, revision=revision, dtype=DTYPES[dtype])
+        return model.train()
+    fields = dict(policy)
+    if "model_type" not in fields:
+        raise ValueError("model.policy is a config without model_type; name the architecture, for example model_type: qwen3.")
+    if vocab_size is not None:
+        fields.setdefault("vocab_size", vocab_size)
+    config = AutoConfig.for_model(**fields)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "policy initialisation"))
+        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).train()
+
+
+def load_tokenizer(tokenizer: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id or folder, with a padding token (the end token where it has none)."""
+    loaded = AutoTokenizer.from_pretrained(tokenizer, revision=revision)
+    if loaded.pad_token_id is None:
+        loaded.pad_token = loaded.eos_token
+    return loaded
+
+
+def add_lora(model: nn.Module, settings: dict[str, Any], seed: int) -> nn.Module:
+    """Wrap a model in a LoRA adapter; ``settings`` are fields of ``peft.LoraConfig``. Dropout defaults to 0: with it, importance ratios are noise."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "adapter initialisation"))
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **({"lora_dropout": 0.0} | settings)))  # pyright: ignore[reportArgumentType]
+
+
+def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Leave only parameters whose name matches a pattern trainable.
+
+    Args:
+        model: The model; ``requires_grad`` is changed in place.
+        patterns: Shell-style patterns over parameter names, e.g. ``*.layers.*_proj.weight``.
+
+    Returns:
+        Names of the parameters that stay trainable.
+
+    Raises:
+        ValueError: If a pattern matches nothing.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"The pattern {pattern!r} matches no parameter; names look like {names[len(names) // 2]!r}.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

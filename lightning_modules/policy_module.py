@@ -1,0 +1,333 @@
+"""What every policy module shares: building the model, encoding text, scoring sequences, held-out evaluation, export."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedTokenizerBase
+
+from theodolite.distributed import gather_objects
+from theodolite.protocols import Chat, Environment, TokenSequence
+from theodolite.seeds import derive_seed, run_seed
+
+from .evaluation import add_sums, completion_row, outcome_sums, rates, write_completions
+from .rollouts import HFRollout, RolloutEngine, Sample, Sampling
+from .policy import add_lora, freeze_all_but, load_policy, load_tokenizer
+from .scoring import completion_log_probs, completion_states, pad_sequences
+from .tokenizer import train_bpe_tokenizer
+
+
+class PolicyModule(L.LightningModule):
+    """A causal language model that can be evaluated as an answerer of problems.
+
+    Subclasses add how it is trained. The model is built in ``configure_model``, after every config has been checked.
+
+    Args:
+        policy: Hub id or folder, or the fields of a ``transformers`` config for a random initialisation.
+        revision: Hub revision of the policy and its tokenizer.
+        tokenizer: Hub id or folder of the tokenizer; null = the policy's own.
+        train_tokenizer: Arguments of ``train_bpe_tokenizer`` (``vocab_size``, ``boundaries``): train one on the datamodule's corpus.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        lora: Fields of ``peft.LoraConfig`` (``r``, ``lora_alpha``, ``target_modules``); null = no adapter.
+        trainable: Patterns of parameter names to train, e.g. ``*.layers.*_proj.weight``; null = all (with ``lora``: the adapter).
+        seed: Seed of sampling and of random initialisations; null = the run's ``seed_everything``.
+        lr: Learning rate.
+        betas: Adam's decay rates.
+        weight_decay: Decoupled weight decay.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly.
+        schedule: ``constant``, or ``cosine`` to ``min_lr_fraction`` over the trainer's ``max_steps``, or ``linear`` likewise.
+        min_lr_fraction: Where a decaying schedule ends, as a fraction of ``lr``.
+        max_grad_norm: Gradient-norm clip, applied after all callbacks have seen the gradient; 0 = off.
+        max_new_tokens: Longest completion in tokens, end token included.
+        temperature: Sampling temperature, in training and (unless overridden) in evaluation.
+        top_p: Nucleus mass; 1 = off.
+        top_k: Kept tokens; 0 = off.
+        eval_temperature: Temperature in evaluation; null = ``temperature``.
+        eval_samples: Completions per held-out problem.
+        micro_batch_size: Sequences per forward pass on one rank; null = all of a step's at once.
+        export: Save the trained policy as a plain ``transformers`` (or PEFT) folder ``policy/`` in the run directory.
+    """
+
+    def __init__(
+        self,
+        policy: str | dict[str, Any],
+        revision: str | None = None,
+        tokenizer: str | None = None,
+        train_tokenizer: dict[str, Any] | None = None,
+        dtype: str = "float32",
+        lora: dict[str, Any] | None = None,
+        trainable: list[str] | None = None,
+        seed: int | None = None,
+        lr: float = 1e-5,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        schedule: str = "constant",
+        min_lr_fraction: float = 0.0,
+        max_grad_norm: float = 1.0,
+        max_new_tokens: int = 512,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        eval_temperature: float | None = None,
+        eval_samples: int = 1,
+        micro_batch_size: int | None = None,
+        export: bool = True,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if isinstance(policy, dict) and tokenizer is None and train_tokenizer is None:
+            raise ValueError("model.policy is a config without weights, so model.tokenizer or model.train_tokenizer must say how text is encoded.")
+        if schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(f"model.schedule is {schedule!r}; choose constant, linear or cosine.")
+        if lora is not None and trainable is not None:
+            raise ValueError("model.lora and model.trainable exclude one another; with an adapter, choose its modules with lora.target_modules.")
+        unknown = sorted(set(lora or {}) - set(LoraConfig.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"model.lora has the unknown key {unknown[0]!r}; the fields of peft.LoraConfig are valid, e.g. r, lora_alpha.")
+        self.policy_source, self.revision, self.tokenizer_source, self.train_tokenizer = policy, revision, tokenizer, train_tokenizer
+        self.dtype_name, self.lora, self.trainable = dtype, lora, trainable
+        self.run_seed = run_seed(seed)
+        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
+        self.warmup_steps, self.schedule, self.min_lr_fraction, self.max_grad_norm = warmup_steps, schedule, min_lr_fraction, max_grad_norm
+        self.sampling = Sampling(max_new_tokens, temperature, top_p, top_k)
+        self.eval_sampling = Sampling(max_new_tokens, temperature if eval_temperature is None else eval_temperature, top_p, top_k)
+        self.eval_samples, self.micro_batch_size, self.export = eval_samples, micro_batch_size, export
+        self.engine: RolloutEngine = HFRollout()
+        self.model: nn.Module | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._evaluated: dict[int, list[dict[str, Any]]] = {}
+        self._sums: dict[int, list[dict[str, tuple[float, float]]]] = {}
+        self._graded: dict[int, int] = {}
+        self.seconds: dict[str, float] = {}
+
+    # ------------------------------------------------------------------ building
+
+    def configure_model(self) -> None:
+        """Build tokenizer and model once; Lightning calls this before fit, validate and test."""
+        if self.model is None:
+            self._tokenizer = self._build_tokenizer()
+            vocab_size = len(self._tokenizer) if isinstance(self.policy_source, dict) else None
+            self.model = load_policy(self.policy_source, self.revision, self.dtype_name, self.run_seed, vocab_size)
+            if self.lora is not None:
+                self.model = add_lora(self.model, self.lora, self.run_seed)
+            elif self.trainable is not None:
+                freeze_all_but(self.model, self.trainable)
+        self.engine.setup(self.causal_lm, self.end_ids, self.pad_id)
+
+    def _build_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.train_tokenizer is None:
+            source = self.tokenizer_source if self.tokenizer_source is not None else self.policy_source
+            assert isinstance(source, str)
+            return load_tokenizer(source, self.revision)
+        corpus = getattr(self._datamodule(), "corpus", None)
+        if corpus is None:
+            raise ValueError("model.train_tokenizer needs a datamodule with a corpus; use one that offers it, or name a model.tokenizer.")
+        return train_bpe_tokenizer(corpus(), **self.train_tokenizer)
+
+    @property
+    def causal_lm(self) -> nn.Module:
+        """The model. Raises ``RuntimeError`` before ``configure_model``."""
+        if self.model is None:
+            raise RuntimeError("The policy has not been built yet; call configure_model() first (a Trainer does).")
+        return self.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer. Raises ``RuntimeError`` before ``configure_model``."""
+        if self._tokenizer is None:
+            raise RuntimeError("The tokenizer has not been built yet; call configure_model() first (a Trainer does).")
+        return self._tokenizer
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids that end a completion: the tokenizer's end token and whatever the model's generation config adds."""
+        ids = {self.tokenizer.eos_token_id}
+        extra = getattr(getattr(self.causal_lm, "generation_config", None), "eos_token_id", None)
+        ids |= set(extra) if isinstance(extra, list) else {extra}
+        return sorted(cast(int, i) for i in ids if i is not None and cast(int, i) < len(self.tokenizer))
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills padding (always masked)."""
+        return cast(int, self.tokenizer.pad_token_id)
+
+    def _datamodule(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
+
+    @property
+    def environment(self) -> Environment:
+        """The datamodule's environment. Raises ``TypeError`` where it offers none."""
+        environment = getattr(self._datamodule(), "environment", None)
+        if not isinstance(environment, Environment):
+            raise TypeError(f"{type(self._datamodule()).__name__} offers no environment that grades completions; use a datamodule that does.")
+        return environment
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Parameters that are optimised, in the model's order."""
+        return [p for p in self.causal_lm.parameters() if p.requires_grad]
+
+    def configure_optimizers(self) -> Any:
+        """AdamW on the trainable parameters, with the configured warm-up and schedule per optimizer step."""
+        optimizer = AdamW(self.trainable_parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        scheduler = LambdaLR(optimizer, self._lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_factor(self, step: int) -> float:
+        warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.schedule == "constant":
+            return warmup
+        if self.trainer.max_steps < 1:
+            raise ValueError(f"model.schedule={self.schedule} needs trainer.max_steps; set it, or choose constant.")
+        progress = min(1.0, max(0, step - self.warmup_steps) / max(1, self.trainer.max_steps - self.warmup_steps))
+        decay = 1 - progress if self.schedule == "linear" else (1 + torch.cos(torch.tensor(torch.pi * progress)).item()) / 2
+        return warmup * (self.min_lr_fraction + (1 - self.min_lr_fraction) * decay)
+
+    # ------------------------------------------------------------------ text and tokens (SequenceScorer)
+
+    def encode_prompt(self, prompt: str | Chat) -> tuple[int, ...]:
+        """Token ids of a prompt; chat messages go through the tokenizer's template, with its thinking mode off."""
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer(prompt)["input_ids"])
+        text = self.render_prompt(prompt)
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def render_prompt(self, prompt: str | Chat) -> str:
+        """The text of a prompt. Raises ``ValueError`` for chat messages and a tokenizer without a template."""
+        if isinstance(prompt, str):
+            return prompt
+        if self.tokenizer.chat_template is None:
+            raise ValueError("The prompts are chat messages but the tokenizer has no chat template; use an instruction-tuned policy's tokenizer.")
+        return cast(str, self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, enable_thinking=False))
+
+    def encode(self, prompt: str | Chat, completion: str) -> TokenSequence:
+        """Token ids of a prompt and a completion, end token included."""
+        ids = cast(list[int], self.tokenizer(completion, add_special_tokens=False)["input_ids"])
+        return TokenSequence(self.encode_prompt(prompt), (*ids, cast(int, self.tokenizer.eos_token_id)))
+
+    def completion_log_probs(self, sequences: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
+        """Differentiable log-probabilities at the training temperature and their mask, both (B, T)."""
+        batch = pad_sequences(sequences, self.pad_id, self.device)
+        return completion_log_probs(self.causal_lm, batch, self.sampling.temperature), batch.mask
+
+    def completion_states(self, sequences: Sequence[TokenSequence], layer: int) -> tuple[Tensor, Tensor]:
+        """States after decoder layer ``layer`` (B, T, d) and the completion mask (B, T), without gradient."""
+        batch = pad_sequences(sequences, self.pad_id, self.device)
+        return completion_states(self.causal_lm, batch, layer), batch.mask
+
+    # ------------------------------------------------------------------ sampling and evaluation
+
+    def slot(self, index: int) -> int:
+        """Position in the global batch of this rank's ``index``-th row."""
+        return self.global_rank + index * self.trainer.world_size
+
+    def sample(self, rows: Sequence[Any], n: int, sampling: Sampling, *purpose: int | str) -> tuple[list[tuple[int, ...]], list[list[Sample]]]:
+        """Prompt ids and ``n`` completions per row; seeds are a function of (run seed, purpose, problem, sample)."""
+        prompts = [self.encode_prompt(row.prompt) for row in rows]
+        seeds = [[derive_seed(self.run_seed, *purpose, row.id, i) for i in range(n)] for row in rows]
+        return prompts, self.engine.generate(prompts, sampling, seeds)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a completion without special tokens."""
+        return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget earlier evaluations."""
+        self._evaluated, self._sums, self._graded = {}, {}, {}
+        self.engine.sync(self.trainer.global_step)
+
+    def on_test_epoch_start(self) -> None:
+        """Forget earlier evaluations."""
+        self.on_validation_epoch_start()
+
+    def validation_step(self, batch: list[Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Sample and grade held-out problems; ``batch`` may be empty on a rank that has run out of rows."""
+        _, groups = self.sample(batch, self.eval_samples, self.eval_sampling, "evaluation")
+        rows = [row for row in batch for _ in range(self.eval_samples)]
+        samples = [sample for group in groups for sample in group]
+        texts = [self.decode(sample.ids) for sample in samples]
+        grades = self.environment.grade(rows, texts)
+        self._sums.setdefault(dataloader_idx, []).append(outcome_sums(grades, [sample.finish for sample in samples]))
+        first_slot = self._graded.get(dataloader_idx, 0)
+        self._graded[dataloader_idx] = first_slot + sum(gather_objects(len(batch)))
+        self._evaluated.setdefault(dataloader_idx, []).extend(
+            completion_row(
+                row.id,
+                first_slot + self.slot(i // self.eval_samples),
+                i % self.eval_samples,
+                self.render_prompt(row.prompt),
+                text,
+                sample.finish,
+                len(sample.ids),
+                grade,
+            )
+            for i, (row, text, sample, grade) in enumerate(zip(rows, texts, samples, grades, strict=True))
+        )
+
+    def test_step(self, batch: list[Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As ``validation_step``."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log rates over all ranks and write the completions."""
+        self._report_evaluation("val", getattr(self._datamodule(), "val_names", None))
+
+    def on_test_epoch_end(self) -> None:
+        """Log rates over all ranks and write the completions."""
+        self._report_evaluation("test", getattr(self._datamodule(), "test_names", None))
+
+    def _report_evaluation(self, stage: str, names: Sequence[str] | None) -> None:
+        loaders = sorted(set().union(*gather_objects(set(self._sums))))
+        whole_sanity_check = self.trainer.sanity_checking and self.trainer.num_sanity_val_steps == float("inf")
+        for loader in loaders:
+            sums = add_sums([part for parts in gather_objects(self._sums.get(loader, [])) for part in parts])
+            rows = [row for part in gather_objects(self._evaluated.get(loader, [])) for row in part]
+            name = names[loader] if names else str(loader)
+            prefix = stage if stage == "val" and len(loaders) == 1 else f"{stage}/{name}"
+            metrics = {f"{prefix}/{key}": value for key, value in rates(sums).items()}
+            if self.trainer.sanity_checking and not whole_sanity_check:
+                continue
+            if self.trainer.sanity_checking:
+                for logger in self.trainer.loggers:
+                    logger.log_metrics(metrics, step=self.trainer.global_step)
+            else:
+                self.log_dict(metrics, rank_zero_only=False, sync_dist=False)
+            if self.global_rank == 0:
+                path = Path(self.trainer.default_root_dir) / "rollouts" / f"step_{self.trainer.global_step:06d}_{stage}_{name}.parquet"
+                write_completions(rows, path)
+
+    # ------------------------------------------------------------------ time and export
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the wall time of a phase to ``self.seconds``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def on_train_end(self) -> None:
+        """Export the policy."""
+        if self.export and self.global_rank == 0 and not self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            folder = Path(self.trainer.default_root_dir) / "policy"
+            cast(Any, self.causal_lm).save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+    def teardown(self, stage: str) -> None:
+        """Release the sampler."""
+        self.engine.teardown()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Release the sampler where teardown is not called."""
+        self.engine.teardown()
