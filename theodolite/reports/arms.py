@@ -34,11 +34,11 @@ _KNOWN: dict[str, tuple[str, ArmStyle]] = {
     "projected_live": ("live direction, one-sided, overshoot 2", ArmStyle("#d55e00", "#f0742a", "D", False)),
     "shuffled": ("projected_live with shuffled pair labels, control", ArmStyle("#cc79a7", "#dc8fb9", "v", True)),
     "push": ("constant ungated push along the live direction", ArmStyle("#0072b2", "#4ba3dc", "^", True)),
-    "rebound": ("concept-score penalty on rewards, baseline", ArmStyle("#009e73", "#1fbf92", "P", False)),
+    "rebound": ("concept-score penalty on rewards, baseline", ArmStyle("#009e73", "#1fbf92", "p", False)),
 }
 
 _SPARE = (("#7b5cc4", "#a68bea"), ("#56b4e9", "#8fd0f5"), ("#8c6d1f", "#cbb04a"), ("#882255", "#c9689a"), ("#44aa99", "#74cfc1"))
-_SPARE_MARKERS = "<>ph*dH8"
+_SPARE_MARKERS = "<>h*dPH8"
 
 
 def known_title(arm: str) -> str:

@@ -53,9 +53,7 @@ def summarise(study: Study) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "runs": [_run_record(run) for run in study.runs],
         "arms": {arm: _arm_record(study, arm) for arm in study.arms},
-        "comparisons": [
-            comparison_record(compare(study, arm, against, name)) for arm, against in questions(study) for name in MEASURES
-        ],
+        "comparisons": [comparison_record(compare(study, arm, against, name)) for arm, against in questions(study) for name in MEASURES],
         "findings": [{"question": item.question, "status": item.status, "text": item.text} for item in findings(study)],
         "missing": [{"arm": arm, "seed": seed, "why": why} for arm, seed, why in study.absent],
         "seconds": study.seconds,

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 from theodolite.reports.arms import ArmStyle, arm_styles
 from theodolite.reports.records import Study
@@ -85,16 +85,17 @@ def draw_rate(axes: Axes, study: Study, rate: str, theme: Theme) -> None:
         empty = empty and not mean
     axes.set_title(f"{RATE_TITLES[rate]}: {RATE_MEANINGS[rate]}")
     axes.set_xlabel("GRPO step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    steps = sorted({step for run in study.runs for step in run.curve(key)})
+    axes.xaxis.set_major_locator(FixedLocator(steps) if 1 < len(steps) <= 9 else MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if empty:
         _say_not_measured(axes, theme)
         return
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if axes.get_ylim()[0] < 0 else 0.0)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
 
 
 def draw_final(axes: Axes, study: Study, theme: Theme) -> None:
-    """Draw final pass rate against final hack rate; the untrained policy is a cross."""
+    """Draw final pass rate against final hack rate; means of controls are hollow, the untrained policy is a cross."""
     ink, empty = INKS[theme], True
     for arm, style in _styles(study).items():
         colour = _colour(style, theme)
@@ -105,12 +106,13 @@ def draw_final(axes: Axes, study: Study, theme: Theme) -> None:
                 empty = False
         hack, passing = arm_spread(study, arm, "hack_rate").mean, arm_spread(study, arm, "pass_rate").mean
         if hack is not None and passing is not None:
-            axes.scatter([hack], [passing], s=120, color=colour, marker=style.marker, edgecolors=ink.paper, linewidths=1.2, zorder=3)
+            face, edge = ("none", colour) if style.control else (colour, ink.paper)
+            axes.scatter([hack], [passing], s=130, facecolors=face, edgecolors=edge, marker=style.marker, linewidths=1.8, zorder=3)
     base = [spread(list(base_by_seed(study, name).values())).mean for name in ("hack_rate", "pass_rate")]
     if base[0] is not None and base[1] is not None:
         axes.scatter([base[0]], [base[1]], s=90, color=ink.text, marker="+", linewidths=1.6, zorder=4)
         axes.annotate("before", (base[0], base[1]), xytext=(7, -11), textcoords="offset points", color=ink.text, fontsize=8.5)
-    axes.set_title("Where each run ends: large = mean of the arm")
+    axes.set_title("Where each run ends (large: mean of the arm)")
     axes.set_xlabel("hack rate (final)")
     axes.set_ylabel("pass rate (final)")
     for axis in (axes.xaxis, axes.yaxis):
@@ -158,7 +160,9 @@ def _legend(study: Study) -> list[Line2D]:
         n = arm_spread(study, arm, "hack_rate").n
         dashes = (0, (4, 2)) if style.control else "-"
         handles.append(
-            Line2D([], [], color=style.light, linewidth=2.2, linestyle=dashes, marker=style.marker, markersize=7, label=f"{arm} (n={n} seeds)")
+            Line2D(
+                [], [], color=style.light, linewidth=2.2, linestyle=dashes, marker=style.marker, markersize=7, label=f"{arm} (n={n} seeds)"
+            )
         )
     return handles
 

@@ -8,12 +8,12 @@ NOT_MEASURED = "not measured"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A rate in percent, ``12.3 %``."""
-    return NOT_MEASURED if value is None else f"{100 * value:.{digits}f} %"
+    """A rate in percent, ``12.3 %``, with a space that does not break."""
+    return NOT_MEASURED if value is None else f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def points(value: float | None) -> str:
-    """A signed difference of rates in percentage points, ``+12.3`` or ``−12.3``."""
+    """A signed difference of rates in percentage points, ``+12.3``, with a true minus sign below zero."""
     return NOT_MEASURED if value is None else f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -27,7 +27,7 @@ def mean_and_sd(value: Spread) -> str:
 
 
 def interval(item: Comparison) -> str:
-    """``[−12.0, +3.1]``; empty where there is no interval."""
+    """``[+1.0, +3.1]``; empty where there is no interval."""
     return "" if item.low is None or item.high is None else f"[{points(item.low)}, {points(item.high)}]"
 
 
@@ -58,3 +58,8 @@ def duration(seconds: float | None) -> str:
 def listing(items: list[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1] if items else ""
+
+
+def count(value: int | None) -> str:
+    """A number of things, thousands set apart."""
+    return NOT_MEASURED if value is None else f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")

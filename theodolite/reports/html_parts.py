@@ -23,10 +23,10 @@ def section(anchor: str, title: str, body: str) -> str:
     return f'<section id="{escape(anchor)}">\n<h2>{escape(title)}</h2>\n{body}\n</section>\n'
 
 
-def cell(text: str, remark: str = "") -> str:
-    """A table cell from plain text, with an optional second line."""
+def cell(text: str, *remarks: str) -> str:
+    """A table cell from plain text, with further lines in small print."""
     shown = f'<span class="absent">{escape(text)}</span>' if text == NOT_MEASURED else escape(text)
-    return f"<td>{shown}{f'<small>{escape(remark)}</small>' if remark else ''}</td>"
+    return f"<td>{shown}{''.join(f'<small>{escape(remark)}</small>' for remark in remarks if remark)}</td>"
 
 
 def table(head: Sequence[str], rows: Sequence[str]) -> str:
@@ -39,6 +39,11 @@ def table(head: Sequence[str], rows: Sequence[str]) -> str:
 def swatch(arm: str, style: ArmStyle) -> str:
     """A short line in the arm's colour, dashed for controls."""
     return f'<span class="swatch{" control" if style.control else ""} {arm_class(arm)}"></span>'
+
+
+def arm_name(arm: str, style: ArmStyle) -> str:
+    """The arm's swatch and name, kept on one line."""
+    return f'<span class="arm">{swatch(arm, style)}<b>{escape(arm)}</b></span>'
 
 
 def arm_class(arm: str) -> str:

@@ -126,7 +126,9 @@ def read_study(study_dir: Path) -> Study:
         ValueError: It holds no run, a file is not what it should be, or two runs claim the same arm and seed.
     """
     if not study_dir.is_dir():
-        raise FileNotFoundError(f"study directory {study_dir} does not exist: give the directory that holds one <arm>-<seed> directory per run")
+        raise FileNotFoundError(
+            f"study directory {study_dir} does not exist: give the directory that holds one <arm>-<seed> directory per run"
+        )
     folders = sorted(path for path in study_dir.iterdir() if path.is_dir())
     runs = [read_run(folder) for folder in folders if (folder / "run.json").is_file()]
     if not runs:

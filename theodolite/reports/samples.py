@@ -21,7 +21,9 @@ KINDS = {
 """The kinds of rollouts that a report shows, one of each where it occurs."""
 
 _FILE = re.compile(r"^step_(\d+)_(val|test)_(.+)\.parquet$")
-_EVALUATOR = re.compile(r"\b(?:calling|calls?|runs?|running|using|via|invok(?:e|es|ing))\s+(?:the\s+function\s+)?[`'\"]?([A-Za-z_]\w*)\s*\(")
+_EVALUATOR = re.compile(
+    r"\b(?:calling|calls?|runs?|running|using|via|invok(?:e|es|ing))\s+(?:the\s+function\s+)?[`'\"]?([A-Za-z_]\w*)\s*\("
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
     rows = pq.read_table(path).to_pylist()
     missing = {"prompt", "completion", "passed", "correct"} - set(rows[0] if rows else ())
     if rows and missing:
-        raise ValueError(f"{path} lacks the column(s) {', '.join(sorted(missing))}: a rollout table needs prompt, completion, passed and correct")
+        raise ValueError(
+            f"{path} lacks the column(s) {', '.join(sorted(missing))}: a rollout table needs prompt, completion, passed and correct"
+        )
     return rows
 
 

@@ -6,8 +6,8 @@ import math
 from html import escape
 
 from theodolite.reports.arms import ArmStyle
-from theodolite.reports.formatting import NOT_MEASURED, interval, mean_and_sd, points, sign_count
-from theodolite.reports.html_parts import cell, inline, swatch, table
+from theodolite.reports.formatting import NOT_MEASURED, count, interval, mean_and_sd, points, sign_count
+from theodolite.reports.html_parts import arm_name, cell, inline, table
 from theodolite.reports.records import Study
 from theodolite.reports.statistics_table import (
     Comparison,
@@ -36,7 +36,14 @@ def _base_row(study: Study) -> str:
     rates = [spread(list(base_by_seed(study, name).values())) for name in ("hack_rate", "override_rate", "pass_rate")]
     n = max(rate.n for rate in rates)
     rollouts = base_rollouts(study)
-    cells = [cell(f"n={n}"), cell(_count(rollouts)), *(cell(mean_and_sd(rate)) for rate in rates), cell(NOT_MEASURED), "<td></td>", "<td></td>"]
+    cells = [
+        cell(f"n={n}"),
+        cell(count(rollouts)),
+        *(cell(mean_and_sd(rate)) for rate in rates),
+        cell(NOT_MEASURED),
+        "<td></td>",
+        "<td></td>",
+    ]
     return f'<tr><th scope="row"><b>before training</b><small>the policy that all arms start from</small></th>{"".join(cells)}</tr>'
 
 
@@ -45,7 +52,7 @@ def _arm_row(study: Study, arm: str, style: ArmStyle) -> str:
     absent = [seed for name, seed, _ in study.absent if name == arm]
     cells = [
         cell(f"n={hack.n}", f"{len(absent)} missing" if absent else ""),
-        cell(_count(n_rollouts(study, arm))),
+        cell(count(n_rollouts(study, arm))),
         *(cell(mean_and_sd(arm_spread(study, arm, name))) for name in ("hack_rate", "override_rate", "pass_rate", "unseen_pass_rate")),
     ]
     if arm == "vanilla" or "vanilla" not in study.arms:
@@ -53,18 +60,13 @@ def _arm_row(study: Study, arm: str, style: ArmStyle) -> str:
     else:
         cells += [_difference(compare(study, arm, "vanilla", name)) for name in ("hack_rate", "pass_rate")]
     note = f'<small class="note">{escape(study.note(arm))}</small>' if study.note(arm) else ""
-    title = f'{swatch(arm, style)}<b>{escape(arm)}</b><small>{escape(study.title(arm))}</small>{note}'
-    return f'<tr><th scope="row">{title}</th>{"".join(cells)}</tr>'
+    return f'<tr><th scope="row">{arm_name(arm, style)}<small>{escape(study.title(arm))}</small>{note}</th>{"".join(cells)}</tr>'
 
 
 def _difference(item: Comparison) -> str:
     if item.mean is None:
         return cell(NOT_MEASURED, "no common seed")
-    return cell(f"{points(item.mean)} {interval(item)}".strip(), sign_count(item))
-
-
-def _count(value: int | None) -> str:
-    return NOT_MEASURED if value is None else f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    return cell(points(item.mean), *filter(None, (interval(item), sign_count(item))))
 
 
 def comparisons_table(study: Study) -> str:
@@ -84,10 +86,12 @@ def geometry_table(study: Study, styles: dict[str, ArmStyle]) -> str:
     quantities = list(dict.fromkeys(key.rsplit("/", 1)[1] for key in keys))
     rows = []
     for arm in study.arms:
-        names = sorted({key.split("/", 1)[1].rsplit("/", 1)[0] for run in study.of(arm) for key in run.series if key.startswith("projection/")})
+        names = sorted(
+            {key.split("/", 1)[1].rsplit("/", 1)[0] for run in study.of(arm) for key in run.series if key.startswith("projection/")}
+        )
         for name in names:
             cells = "".join(_logged_mean(study, arm, f"projection/{name}/{quantity}") for quantity in quantities)
-            rows.append(f'<tr><th scope="row">{swatch(arm, styles[arm])}<b>{escape(arm)}</b><small>{escape(name)}</small></th>{cells}</tr>')
+            rows.append(f'<tr><th scope="row">{arm_name(arm, styles[arm])}<small>{escape(name)}</small></th>{cells}</tr>')
     return table(("Arm", *(quantity.replace("_", " ") for quantity in quantities)), rows) if rows else ""
 
 
@@ -105,7 +109,7 @@ def phase_table(study: Study, styles: dict[str, ArmStyle]) -> str:
     if not keys:
         return ""
     rows = [
-        f'<tr><th scope="row">{swatch(arm, styles[arm])}<b>{escape(arm)}</b></th>{"".join(_logged_mean(study, arm, key) for key in keys)}</tr>'
+        f'<tr><th scope="row">{arm_name(arm, styles[arm])}</th>{"".join(_logged_mean(study, arm, key) for key in keys)}</tr>'
         for arm in study.arms
     ]
     return table(("Arm", *(f"{key.removeprefix('time/').removesuffix('_s').replace('_', ' ')}, s" for key in keys)), rows)
