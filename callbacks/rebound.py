@@ -1,0 +1,254 @@
+r"""Concept-score advantage modification (Wu & Tang 2026, arXiv 2604.01476): the baseline that a gradient projection has to beat.
+
+Rewards of rollouts whose hidden states lie further along a concept direction than their group's are lowered *before* group normalisation:
+with ``s_i`` the score of rollout ``i`` and ``z_i = (s_i - mean_group s) / max(std_group s, floor)``,
+
+* additive: ``r'_i = r_i - alpha * max(z_i, 0)``, once per rollout;
+* multiplicative: ``r'_i = r_i * (1 - alpha * sigmoid(z_i) * 1[z_i > 0])``.
+
+Deviations from the paper, all on purpose:
+
+1. **Position.** The paper names the prompt's last token, which all rollouts of a group share: every ``z_i`` would be 0. Scores are read
+   on the
+   completion: its mean state (default), or its last token. The last token is mostly the end token, whose state need not tell completions
+   apart, and is anything at all where a completion was cut off; the mean is defined alike for both.
+2. **Standardisation.** The floor is absolute, so scores need a scale: ``s = (h . d - m_clean) / (m_concept - m_clean)`` makes the fitted
+   pairs' clean mean 0 and their concept mean 1. The floor of 0.1 is then a tenth of the distance between the two.
+3. **Pairs.** Same-prompt pairs of the task at hand, not sentences of a general domain; one layer, not an average over a band.
+
+The direction comes from the policy at the start of the fit and stays; the scores come from the current policy. Groups of one rollout have
+``z = 0``. The window's metrics get ``rebound/penalised_fraction``, ``rebound/mean_positive_z``, ``rebound/mean_score``, and once
+``rebound/held_out_separation``, the share of held-out pairs whose concept side scores higher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from theodolite.callbacks.sequence_gradients import (
+    TokenPair,
+    contrast_pairs,
+    encode_pairs,
+    require_pair_source,
+    require_scorer,
+    without_trace,
+)
+from theodolite.protocols import SequenceScorer, TokenSequence, Window
+from theodolite.seeds import derive_seed
+
+
+class ReboundCallback(Callback):
+    """Lower the reward of rollouts that score high on a concept, before advantages are computed.
+
+    Args:
+        alpha: Strength of the penalty (2 in the paper, for both modes). Multiplicative with ``alpha > 1`` turns rewards negative.
+        mode: ``additive`` or ``multiplicative``.
+        layer_fraction: Depth of the states, as a fraction of the decoder layers (the paper uses 0.60 to 0.75).
+        n_pairs: Pairs to fit on; a quarter as many again are held out to measure the separation.
+        position: ``mean`` over the completion's tokens, or its ``last`` token.
+        std_floor: Smallest divisor of ``z``, in units of the distance between clean and concept.
+        pairs: JSONL file of pairs; None asks ``trainer.datamodule.contrast_pairs``.
+        seed: Seed of the pairs and of a random direction.
+        random_direction: Control: a random direction of the same norm.
+        chunk_size: Sequences per forward pass.
+
+    Raises:
+        ValueError: A setting out of range.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 2.0,
+        mode: Literal["additive", "multiplicative"] = "additive",
+        layer_fraction: float = 0.67,
+        n_pairs: int = 64,
+        position: Literal["last", "mean"] = "mean",
+        std_floor: float = 0.1,
+        pairs: str | None = None,
+        seed: int = 0,
+        random_direction: bool = False,
+        chunk_size: int = 32,
+    ) -> None:
+        super().__init__()
+        if mode not in ("additive", "multiplicative") or position not in ("last", "mean"):
+            raise ValueError(f"mode={mode!r} must be 'additive' or 'multiplicative' and position={position!r} 'last' or 'mean'.")
+        if alpha <= 0 or std_floor <= 0 or not 0 < layer_fraction <= 1 or n_pairs < 1 or chunk_size < 1:
+            raise ValueError(
+                f"alpha={alpha}, std_floor={std_floor}, n_pairs={n_pairs} and chunk_size={chunk_size} must be positive and "
+                f"layer_fraction={layer_fraction} in (0, 1]."
+            )
+        self.mode: Literal["additive", "multiplicative"] = mode
+        self.position: Literal["last", "mean"] = position
+        self.alpha, self.layer_fraction, self.n_pairs = alpha, layer_fraction, n_pairs
+        self.std_floor, self.pairs, self.seed = std_floor, pairs, seed
+        self.random_direction, self.chunk_size = random_direction, chunk_size
+        self.score_vector: Tensor | None = None
+        """(d,) in float64 on the CPU; the standardised score is ``h . score_vector - score_offset``."""
+        self.score_offset, self.held_out_separation = 0.0, float("nan")
+        self._reported = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find a module that cannot be scored, or missing pairs, before training."""
+        require_scorer(pl_module)
+        decoder_layers(pl_module)
+        if self.pairs is None:
+            require_pair_source(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fit the direction on the base policy, unless a checkpoint brought it."""
+        if self.score_vector is not None:
+            return
+        total = self.n_pairs + max(1, self.n_pairs // 4)
+        encoded = encode_pairs(require_scorer(pl_module), contrast_pairs(trainer, self.pairs, total, self.seed))
+        concept, clean = self._states_of_pairs(trainer, pl_module, encoded)
+        n = self.n_pairs
+        self.score_vector, self.score_offset = fit_score(concept[:n], clean[:n], self._random_unit(concept.shape[1]))
+        self.held_out_separation = float((concept[n:] @ self.score_vector > clean[n:] @ self.score_vector).double().mean())
+
+    def on_rollouts(self, trainer: Trainer, pl_module: LightningModule, window: Window) -> None:
+        """Score the window's rollouts under the current policy and lower ``window.values``; NaN values stay NaN."""
+        assert self.score_vector is not None, "on_train_start has not run"
+        states = self._states(trainer, pl_module, [rollout.tokens for rollout in window.rollouts])
+        scores = states @ self.score_vector - self.score_offset
+        z = group_z(scores, torch.isfinite(window.values).cpu(), window.group_size, self.std_floor)
+        values = penalised(window.values.cpu().double(), z, self.alpha, self.mode)
+        window.values = values.to(window.values.device)
+        n = float(len(z))
+        window.metrics["rebound/penalised_fraction"] = (float((z > 0).sum()), n)
+        window.metrics["rebound/mean_positive_z"] = (float(z.clamp_min(0).sum()), n)
+        window.metrics["rebound/mean_score"] = (float(scores.sum()), n)
+        if not self._reported:
+            window.metrics["rebound/held_out_separation"] = (self.held_out_separation, 1.0)
+            self._reported = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fitted score."""
+        return {
+            "score_vector": self.score_vector,
+            "score_offset": self.score_offset,
+            "held_out_separation": self.held_out_separation,
+            "reported": self._reported,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back :meth:`state_dict`."""
+        self.score_vector, self.score_offset = state_dict["score_vector"], state_dict["score_offset"]
+        self.held_out_separation, self._reported = state_dict["held_out_separation"], state_dict["reported"]
+
+    def _random_unit(self, size: int) -> Tensor | None:
+        """The control's direction, or None."""
+        if not self.random_direction:
+            return None
+        generator = torch.Generator().manual_seed(derive_seed("rebound", self.seed))
+        vector = torch.randn(size, generator=generator, dtype=torch.float64)
+        return vector / torch.linalg.vector_norm(vector)
+
+    def _states_of_pairs(self, trainer: Trainer, pl_module: LightningModule, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
+        """Pooled states (n, d) of the concept sides and of the clean sides; rank 0's numbers on every rank."""
+        states = self._states(trainer, pl_module, [side for pair in pairs for side in pair])
+        if trainer.world_size > 1:
+            shared = states.to(pl_module.device, torch.float32)
+            torch.distributed.broadcast(shared, src=0)
+            states = shared.cpu().double()
+        return states[0::2], states[1::2]
+
+    def _states(self, trainer: Trainer, pl_module: LightningModule, sequences: Sequence[TokenSequence]) -> Tensor:
+        """(n, d) pooled completion states in float64 on the CPU, in the order given."""
+        scorer = require_scorer(pl_module)
+        layer = max(1, round(self.layer_fraction * decoder_layers(pl_module)))
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].prompt_ids) + len(sequences[i].completion_ids))
+        pooled: dict[int, Tensor] = {}
+        with without_trace(pl_module), trainer.precision_plugin.forward_context():
+            for start in range(0, len(order), self.chunk_size):
+                chunk = order[start : start + self.chunk_size]
+                pooled |= dict(zip(chunk, self._pool(scorer, [sequences[i] for i in chunk], layer), strict=True))
+        return torch.stack([pooled[i] for i in range(len(sequences))])
+
+    def _pool(self, scorer: SequenceScorer, sequences: Sequence[TokenSequence], layer: int) -> Tensor:
+        """(n, d) mean or last-token states of one chunk."""
+        states, mask = scorer.completion_states(sequences, layer)
+        return pool_states(states.cpu().double(), mask.cpu().bool(), self.position)
+
+
+def pool_states(states: Tensor, mask: Tensor, position: Literal["last", "mean"]) -> Tensor:
+    """One state per completion.
+
+    Args:
+        states: (B, T, d); values outside the mask are ignored, whatever they are.
+        mask: (B, T) bool.
+        position: ``mean`` over masked tokens, or the ``last`` of them.
+
+    Returns:
+        (B, d); zeros for an empty completion.
+    """
+    if position == "last":
+        places = torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask
+        mask = mask & (places == places.max(1, keepdim=True).values)
+    kept = torch.where(mask[..., None], states, 0.0)
+    return kept.sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+
+
+def fit_score(concept: Tensor, clean: Tensor, random_unit: Tensor | None = None) -> tuple[Tensor, float]:
+    """Vector and offset of the standardised score ``s = h . w - b``.
+
+    ``d = mean(concept) - mean(clean)``, ``w = d / |d|^2``, ``b = mean(clean) . w``: clean scores average 0 and concept scores 1. With
+    ``random_unit`` (d,) the direction is ``|d| random_unit`` under the same scale, and only the clean mean is fixed, at 0.
+
+    Args:
+        concept: (n, d).
+        clean: (n, d).
+        random_unit: Direction of the control.
+
+    Raises:
+        ValueError: The two means coincide or are not finite.
+    """
+    difference = concept.mean(0) - clean.mean(0)
+    squared = float(difference @ difference)
+    if not 0 < squared < float("inf"):
+        raise ValueError("The pairs' concept and clean states have the same mean or are not finite: no concept direction can be fitted.")
+    direction = difference if random_unit is None else random_unit * squared**0.5
+    vector = direction / squared
+    return vector, float(clean.mean(0) @ vector)
+
+
+def group_z(scores: Tensor, valid: Tensor, group_size: int, std_floor: float) -> Tensor:
+    """``(s - group mean) / max(group std, floor)`` over the valid members of contiguous groups, 0 for the others.
+
+    Args:
+        scores: (n,).
+        valid: (n,) bool.
+        group_size: Divides n.
+        std_floor: Smallest divisor.
+    """
+    grouped, ok = scores.view(-1, group_size), valid.view(-1, group_size)
+    count = ok.sum(1, keepdim=True).clamp_min(1)
+    centred = torch.where(ok, grouped - torch.where(ok, grouped, 0.0).sum(1, keepdim=True) / count, 0.0)
+    std = (centred.square().sum(1, keepdim=True) / count).sqrt()
+    return (centred / std.clamp_min(std_floor)).flatten()
+
+
+def penalised(values: Tensor, z: Tensor, alpha: float, mode: Literal["additive", "multiplicative"]) -> Tensor:
+    """Rewards after the penalty (equations in the module's docstring); NaN stays NaN."""
+    if mode == "additive":
+        return values - alpha * z.clamp_min(0)
+    return values * (1 - alpha * torch.sigmoid(z) * (z > 0))
+
+
+def decoder_layers(module: nn.Module) -> int:
+    """Number of decoder layers, from the ``transformers`` config of a submodule.
+
+    Raises:
+        TypeError: No submodule has one.
+    """
+    for part in module.modules():
+        layers = getattr(getattr(part, "config", None), "num_hidden_layers", None)
+        if isinstance(layers, int):
+            return layers
+    raise TypeError(
+        f"{type(module).__name__} holds no transformers model with config.num_hidden_layers, so a layer cannot be chosen by depth."
+    )
