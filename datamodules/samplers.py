@@ -26,8 +26,9 @@ class DistributedBatchSampler(DistributedSampler):
     batch, the last batch is short, and on some ranks its list may be *empty*: the number of batches is the same everywhere, so collectives
     inside a step stay in step, and the module has to accept ``[]``.
 
-    The state is the epoch and the number of batches already yielded. It is the same on every rank, so rank 0's copy in a checkpoint resumes
-    all of them, also with another number of ranks.
+    The state is the epoch and the number of batches already yielded in it; an epoch ends with its last batch. It is the same on every rank,
+    so rank 0's copy in a checkpoint resumes all of them, also with another number of ranks. After a resume the epoch is counted on from the
+    state's, whatever number ``set_epoch`` names: Lightning counts an epoch that ``max_steps`` cut short as a whole one.
 
     Args:
         num_examples: Rows of the dataset.
@@ -60,43 +61,51 @@ class DistributedBatchSampler(DistributedSampler):
         super().__init__(range(num_examples), num_replicas, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
         self.num_examples = num_examples
         self.global_batch_size = global_batch_size
-        self._resume_at = 0
-        self._yielded = 0
+        self._offset = 0  # between the epoch that set_epoch names and the one that is dealt out
+        self._resume: tuple[int, int] | None = None
+        self._next: tuple[int, int] | None = None
+        self._resumed = False
 
     def __len__(self) -> int:
         """Batches per epoch, the same on every rank."""
         full, rest = divmod(self.num_examples, self.global_batch_size)
         return full if self.drop_last or not rest else full + 1
 
-    def order(self) -> list[int]:
-        """The epoch's order of all rows, a function of ``(seed, epoch)`` alone."""
+    def order(self, epoch: int) -> list[int]:
+        """An epoch's order of all rows, a function of ``(seed, epoch)`` alone."""
         if not self.shuffle:
             return list(range(self.num_examples))
-        generator = torch.Generator().manual_seed(derive_seed("sampler", self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(derive_seed("sampler", self.seed, epoch))
         return torch.randperm(self.num_examples, generator=generator).tolist()
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the rank's share ``batch[rank::num_replicas]`` of each global batch, from where a loaded state left off."""
-        start, self._resume_at = self._resume_at, 0
-        order = self.order()
+        start = 0
+        if self._resumed and self._resume is None and self._next is not None and self._next[1]:
+            self._resume = self._next  # Lightning may cut a resumed epoch short where max_steps ended the run exactly with an epoch
+        if self._resume is not None:
+            epoch, start = self._resume
+            self._offset, self._resume = epoch - self.epoch, None
+        epoch = self.epoch + self._offset
+        order = self.order(epoch)
         for batch in range(start, len(self)):
-            self._yielded = batch + 1
+            self._next = (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
             rows = order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size]
             yield rows[self.rank :: self.num_replicas]
-        self._yielded = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, the batches already yielded in it, and what the permutation depends on."""
+        """The epoch and the batches already yielded in it, and the settings that the order depends on."""
+        epoch, yielded = self._resume or self._next or (self.epoch, 0)
         return {
-            "epoch": self.epoch,
-            "yielded": self._yielded,
+            "epoch": epoch,
+            "yielded": yielded,
             "num_examples": self.num_examples,
             "global_batch_size": self.global_batch_size,
             "seed": self.seed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the batches that ``state`` has seen, at the next ``iter``.
+        """Continue after the batches that ``state`` has seen, at the next iteration.
 
         Raises:
             ValueError: If the state belongs to other data, another batch size or another seed: the rest of the epoch would then repeat some
@@ -108,5 +117,5 @@ class DistributedBatchSampler(DistributedSampler):
                     f"The checkpoint's sampler has {name} {state[name]} but this run has {getattr(self, name)}; "
                     f"resume with {name} {state[name]}, or start a new run."
                 )
-        self.epoch = state["epoch"]
-        self._yielded = self._resume_at = state["yielded"]
+        self._resume = (state["epoch"], state["yielded"])
+        self._resumed = True

@@ -16,11 +16,10 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from theodolite.datamodules.leetcode.graded import GradedDataModule
-from theodolite.datamodules.leetcode.grading import Grader
-from theodolite.datamodules.leetcode.mini import check_n_ops
-from theodolite.datamodules.leetcode.open_source import HUB_PREFIX, check_settings, open_source
-from theodolite.datamodules.leetcode.sources import ProblemDataset, ProblemSource, count_problems
+from .graded import GradedDataModule, make_grader
+from .mini import check_n_ops
+from .open_source import HUB_PREFIX, check_settings, open_source
+from .sources import ProblemDataset, ProblemSource, count_problems
 
 
 class LeetCodeDataModule(GradedDataModule):
@@ -40,15 +39,15 @@ class LeetCodeDataModule(GradedDataModule):
         test_problems: Held-out problems per test loader; null = all of a file.
         eval_prompts_per_step: Prompts per evaluation batch over all ranks.
         n_ops: ``mini`` only: smallest and largest number of operations of a problem.
-        hint: ``simple_overwrite_tests`` (the evaluator is called ``run_tests``), ``overwrite_tests`` (its name varies with the problem) or
-            ``none`` (no loophole).
+        hint: ``simple_overwrite_tests`` (the evaluator is called ``run_tests``), ``overwrite_tests`` (files only: its name varies with the
+            problem) or ``none`` (no loophole).
         seed: Decides training prompts and their order.
         held_out_fraction: Files only: share of the problems, by hash of their id, that are held out.
         hub_split: ``hf:`` only: the split to load.
         reward_passed: Reward for satisfying the check, honestly or not.
         reward_compiles: Reward for a program that compiles.
         workers: Processes that run programs, per rank.
-        limits: Limits on a program, by the names of the grader's limits; null = its defaults.
+        limits: Limits on a program: ``cpu_s``, ``wall_s``, ``memory_mb``, ``output_kb``; null = the sandbox's defaults.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class LeetCodeDataModule(GradedDataModule):
         limits: dict[str, Any] | None = None,
     ) -> None:
         check_settings(problems, n_ops, hint, held_out_fraction)
-        grader = Grader(reward_passed=reward_passed, reward_compiles=reward_compiles, workers=workers, **(limits or {}))
+        grader = make_grader(workers, limits, reward_passed, reward_compiles)
         super().__init__(grader, prompts_per_step, eval_problems, test_problems, eval_prompts_per_step, seed)
         self.problems = problems
         self.train_problems = train_problems

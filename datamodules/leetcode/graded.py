@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -11,15 +12,30 @@ from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from theodolite.batch_arithmetic import split_batch
-from theodolite.datamodules.leetcode.grading import Grader
-from theodolite.datamodules.leetcode.sources import ProblemDataset, ProblemSource, count_problems
-from theodolite.datamodules.samplers import DistributedBatchSampler
 from theodolite.protocols import ContrastPair, Environment
+from theodolite.sandbox import Limits
+
+from ..samplers import DistributedBatchSampler
+from .grading import Grader
+from .sources import ProblemDataset, ProblemSource, count_problems
 
 Batch = TypeVar("Batch")
 
 SELF_CHECK_PROBLEMS = 4
 """Enough to see that references pass, empty programs fail and a vacuous evaluator is paid and recognised; a few milliseconds each."""
+
+
+def make_grader(workers: int, limits: dict[str, Any] | None, reward_passed: float, reward_compiles: float) -> Grader:
+    """Build a grader of plain values; it starts nothing yet.
+
+    Raises:
+        ValueError: If there is no limit of a given name, or a value is out of range.
+    """
+    names = [field.name for field in fields(Limits)]
+    for name in limits or {}:
+        if name not in names:
+            raise ValueError(f"limits has no key {name!r}; choose among {', '.join(names)}.")
+    return Grader(workers, Limits(**limits) if limits else None, reward_passed, reward_compiles)
 
 
 def _as_is(batch: Batch) -> Batch:
@@ -33,6 +49,7 @@ class GradedDataModule(pl.LightningDataModule):
     may be empty in a short last batch of an evaluation; see :class:`~theodolite.datamodules.samplers.DistributedBatchSampler`.
 
     Attributes:
+        global_batch_size: Training rows per optimizer step over all ranks.
         environment: Grades completions; started by ``setup`` on every rank, closed by ``teardown`` and on an exception.
         val_names: Names of the validation loaders, in order.
         test_names: Names of the test loaders, in order.
@@ -53,7 +70,7 @@ class GradedDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.environment = self._grader = grader
-        self.batch_size = batch_size
+        self.global_batch_size = batch_size
         self.eval_problems = eval_problems
         self.test_problems = test_problems
         self.eval_prompts_per_step = eval_prompts_per_step
@@ -90,7 +107,7 @@ class GradedDataModule(pl.LightningDataModule):
             ValueError: If a global size does not split over the ranks.
             RuntimeError: If the self-check fails: grading could not be trusted.
         """
-        for size in (self.batch_size, self.eval_prompts_per_step):
+        for size in (self.global_batch_size, self.eval_prompts_per_step):
             split_batch(size, self.ranks[0])
         if stage == "predict":
             return
@@ -113,7 +130,7 @@ class GradedDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> StatefulDataLoader:
         """Lists of this rank's rows, shuffled by ``(seed, epoch)``; resumes in the middle of an epoch."""
         dataset = self.train_dataset()
-        sampler = self._sampler(len(dataset), self.batch_size, train=True)  # type: ignore[arg-type]
+        sampler = self._sampler(len(dataset), self.global_batch_size, train=True)  # type: ignore[arg-type]
         return StatefulDataLoader(dataset, batch_size=None, sampler=sampler, num_workers=0, collate_fn=_as_is)
 
     def val_dataloader(self) -> DataLoader:

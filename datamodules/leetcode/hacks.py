@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import random
 
-from theodolite.datamodules.leetcode.mini import Split, mini_problem
-from theodolite.datamodules.leetcode.problem import Problem
 from theodolite.protocols import ContrastPair
 from theodolite.seeds import derive_seed
+
+from .mini import Split, mini_problem
+from .problem import Problem
 
 LAZY_BODIES: tuple[str, ...] = ("    pass", "    return 0", "    return 1", "    return xs", "    return []")
 """Bodies that are wrong for every problem: no problem has a constant answer, and the answer is always an ``int``."""

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from theodolite.datamodules.leetcode.asserts import parse_assert
-from theodolite.datamodules.leetcode.problem import Problem, TestCase
-from theodolite.datamodules.leetcode.prompts import apply_hint, build_chat, evaluator_name
 from theodolite.protocols import Chat
+
+from .asserts import parse_assert
+from .problem import Problem, TestCase
+from .prompts import apply_hint, build_chat, evaluator_name
 
 COLUMNS: dict[str, type | tuple[type, ...]] = {
     "id": (int, str),

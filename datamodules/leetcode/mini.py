@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from theodolite.datamodules.leetcode.mini_ops import CONSTANTS, OPERATIONS, REDUCERS, Operation, Reducer, Values
-from theodolite.datamodules.leetcode.problem import Problem, TestCase
 from theodolite.seeds import derive_seed
+
+from .mini_ops import CONSTANTS, OPERATIONS, REDUCERS, Operation, Reducer, Values
+from .problem import Problem, TestCase
 
 Split: TypeAlias = Literal["train", "held_out"]
 EvaluatorChoice: TypeAlias = Literal["run_tests", "random", "none"]

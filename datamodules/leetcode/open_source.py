@@ -7,14 +7,15 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from theodolite.datamodules.leetcode.hacks import LAZY_BODIES, VACUOUS_BODIES
-from theodolite.datamodules.leetcode.jsonl import Row, make_problem, read_hub, read_jsonl
-from theodolite.datamodules.leetcode.mini import check_n_ops
-from theodolite.datamodules.leetcode.problem import Problem
-from theodolite.datamodules.leetcode.prompts import check_hint
-from theodolite.datamodules.leetcode.sources import MINI_EVALUATORS, ListSource, MiniSource, ProblemSource
 from theodolite.protocols import ContrastPair
 from theodolite.seeds import derive_seed
+
+from .hacks import LAZY_BODIES, VACUOUS_BODIES
+from .jsonl import Row, make_problem, read_hub, read_jsonl
+from .mini import check_n_ops
+from .problem import Problem
+from .prompts import check_hint
+from .sources import MINI_EVALUATORS, ListSource, MiniSource, ProblemSource
 
 HUB_PREFIX = "hf:"
 

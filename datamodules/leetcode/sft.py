@@ -8,13 +8,13 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from theodolite.datamodules.leetcode.graded import GradedDataModule
-from theodolite.datamodules.leetcode.grading import Grader
-from theodolite.datamodules.leetcode.hacks import hack_completion
-from theodolite.datamodules.leetcode.mini import check_n_ops, mini_problem
-from theodolite.datamodules.leetcode.sources import MiniSource, ProblemSource
 from theodolite.protocols import Example
 from theodolite.seeds import derive_seed
+
+from .graded import GradedDataModule, make_grader
+from .hacks import hack_completion
+from .mini import check_n_ops, mini_problem
+from .sources import MiniSource, ProblemSource
 
 
 def sft_example(seed: int, index: int, n_ops: tuple[int, int] = (2, 3), hack_fraction: float = 0.0) -> Example:
@@ -68,7 +68,7 @@ class LeetCodeSFTDataModule(GradedDataModule):
         reward_passed: Reward for satisfying the check, honestly or not (reported only).
         reward_compiles: Reward for a program that compiles (reported only).
         workers: Processes that run programs, per rank.
-        limits: Limits on a program, by the names of the grader's limits; null = its defaults.
+        limits: Limits on a program: ``cpu_s``, ``wall_s``, ``memory_mb``, ``output_kb``; null = the sandbox's defaults.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class LeetCodeSFTDataModule(GradedDataModule):
     ) -> None:
         if not 0.0 <= hack_fraction <= 1.0:
             raise ValueError(f"hack_fraction must lie between 0 and 1, got {hack_fraction}.")
-        grader = Grader(reward_passed=reward_passed, reward_compiles=reward_compiles, workers=workers, **(limits or {}))
+        grader = make_grader(workers, limits, reward_passed, reward_compiles)
         super().__init__(grader, global_batch_size, eval_problems, test_problems, eval_prompts_per_step, seed)
         self.examples = examples
         self.n_ops = check_n_ops(n_ops)

@@ -9,14 +9,15 @@ from typing import Protocol
 
 from torch.utils.data import Dataset
 
-from theodolite.datamodules.leetcode.hacks import mini_contrast_pairs
-from theodolite.datamodules.leetcode.mini import EvaluatorChoice, mini_problem
-from theodolite.datamodules.leetcode.problem import Problem
 from theodolite.protocols import ContrastPair
 from theodolite.seeds import derive_seed
 
-MINI_EVALUATORS: dict[str, EvaluatorChoice] = {"simple_overwrite_tests": "run_tests", "overwrite_tests": "random", "none": "none"}
-"""The hints that leetcode-mini knows, and what each makes of the evaluator's name."""
+from .hacks import mini_contrast_pairs
+from .mini import EvaluatorChoice, mini_problem
+from .problem import Problem
+
+MINI_EVALUATORS: dict[str, EvaluatorChoice] = {"simple_overwrite_tests": "run_tests", "none": "none"}
+"""The hints that leetcode-mini knows for training. Varying names are kept for evaluation: RL must not see them."""
 
 VALIDATION_SEED, TEST_SEED = 0, 1
 """Held-out problems of leetcode-mini do not depend on the run's seed, so that runs are compared on the same ones."""
