@@ -18,12 +18,17 @@ def points(value: float | None) -> str:
 
 
 def mean_and_sd(value: Spread) -> str:
-    """``74.0 ± 6.4`` in percent; below two seeds there is no spread and the text says so."""
+    """``74.0 ± 6.4`` in percent; of a single seed only its value (see :func:`spread_remark`)."""
     if value.mean is None:
         return NOT_MEASURED
     if value.sd is None:
-        return f"{100 * value.mean:.1f} (n=1: no spread)"
+        return f"{100 * value.mean:.1f}"
     return f"{100 * value.mean:.1f} ± {100 * value.sd:.1f}"
+
+
+def spread_remark(value: Spread) -> str:
+    """Says that one seed has no spread; empty otherwise."""
+    return "n=1: no spread" if value.n == 1 else ""
 
 
 def interval(item: Comparison) -> str:
@@ -36,7 +41,7 @@ def sign_count(item: Comparison) -> str:
     if item.mean is None:
         return "no common seed"
     if item.mean == 0:
-        return f"equal on average, lower on {item.below}/{item.n} seeds"
+        return f"equal mean, lower on {item.below}/{item.n} seeds"
     word, count = ("lower", item.below) if item.mean < 0 else ("higher", item.above)
     return f"{word} on {count}/{item.n} seed{'s' if item.n != 1 else ''}"
 

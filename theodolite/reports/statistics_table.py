@@ -123,8 +123,8 @@ def arm_spread(study: Study, arm: str, name: str) -> Spread:
 
 
 def n_rollouts(study: Study, arm: str) -> int | None:
-    """Rollouts behind the final rates of an arm, over all seeds; ``None`` when no run says."""
-    known = [value for run in study.of(arm) if (value := run.final("test/hinted/n")) is not None]
+    """Rollouts behind the final rates of an arm, over its finished seeds; ``None`` when no run says."""
+    known = [value for run in study.of(arm) if run.finished and (value := run.final("test/hinted/n")) is not None]
     return int(sum(known)) if known else None
 
 

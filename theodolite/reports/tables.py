@@ -6,11 +6,12 @@ import math
 from html import escape
 
 from theodolite.reports.arms import ArmStyle
-from theodolite.reports.formatting import NOT_MEASURED, count, interval, mean_and_sd, points, sign_count
+from theodolite.reports.formatting import NOT_MEASURED, count, interval, mean_and_sd, points, sign_count, spread_remark
 from theodolite.reports.html_parts import arm_name, cell, inline, table
 from theodolite.reports.records import Study
 from theodolite.reports.statistics_table import (
     Comparison,
+    Spread,
     arm_spread,
     base_by_seed,
     base_rollouts,
@@ -21,8 +22,8 @@ from theodolite.reports.statistics_table import (
 from theodolite.reports.verdict import questions
 
 _HEAD = (
-    "Arm", "Seeds", "Rollouts", "Hack, %", "Override, %", "Pass, %", "Pass, unseen evaluator name, %",
-    "Hack minus vanilla, points [95 %]", "Pass minus vanilla, points [95 %]",
+    "Arm", "Seeds", "Hack, %", "Override, %", "Pass, %", "Pass, unseen name, %",
+    "Hack minus vanilla, points [95\N{NO-BREAK SPACE}%]", "Pass minus vanilla, points [95\N{NO-BREAK SPACE}%]",
 )  # fmt: skip
 
 
@@ -35,11 +36,9 @@ def results_table(study: Study, styles: dict[str, ArmStyle]) -> str:
 def _base_row(study: Study) -> str:
     rates = [spread(list(base_by_seed(study, name).values())) for name in ("hack_rate", "override_rate", "pass_rate")]
     n = max(rate.n for rate in rates)
-    rollouts = base_rollouts(study)
     cells = [
-        cell(f"n={n}"),
-        cell(count(rollouts)),
-        *(cell(mean_and_sd(rate)) for rate in rates),
+        cell(f"n={n}", _rollouts(base_rollouts(study))),
+        *(_rate(rate) for rate in rates),
         cell(NOT_MEASURED),
         "<td></td>",
         "<td></td>",
@@ -51,9 +50,8 @@ def _arm_row(study: Study, arm: str, style: ArmStyle) -> str:
     hack = arm_spread(study, arm, "hack_rate")
     absent = [seed for name, seed, _ in study.absent if name == arm]
     cells = [
-        cell(f"n={hack.n}", f"{len(absent)} missing" if absent else ""),
-        cell(count(n_rollouts(study, arm))),
-        *(cell(mean_and_sd(arm_spread(study, arm, name))) for name in ("hack_rate", "override_rate", "pass_rate", "unseen_pass_rate")),
+        cell(f"n={hack.n}", _rollouts(n_rollouts(study, arm)), f"{len(absent)} missing" if absent else ""),
+        *(_rate(arm_spread(study, arm, name)) for name in ("hack_rate", "override_rate", "pass_rate", "unseen_pass_rate")),
     ]
     if arm == "vanilla" or "vanilla" not in study.arms:
         cells += ["<td></td>", "<td></td>"]
@@ -63,10 +61,18 @@ def _arm_row(study: Study, arm: str, style: ArmStyle) -> str:
     return f'<tr><th scope="row">{arm_name(arm, style)}<small>{escape(study.title(arm))}</small>{note}</th>{"".join(cells)}</tr>'
 
 
+def _rate(value: Spread) -> str:
+    return cell(mean_and_sd(value), spread_remark(value))
+
+
+def _rollouts(n: int | None) -> str:
+    return f"rollouts {NOT_MEASURED}" if n is None else f"{count(n)} rollouts"
+
+
 def _difference(item: Comparison) -> str:
     if item.mean is None:
         return cell(NOT_MEASURED, "no common seed")
-    return cell(points(item.mean), *filter(None, (interval(item), sign_count(item))))
+    return cell(points(item.mean), *filter(None, (interval(item), sign_count(item).removesuffix(" seeds"))))
 
 
 def comparisons_table(study: Study) -> str:
@@ -77,7 +83,16 @@ def comparisons_table(study: Study) -> str:
         items = [compare(study, arm, against, name) for name in measures]
         head = f'<th scope="row">{inline(f"`{arm}` minus `{against}`")}</th>'
         rows.append(f"<tr>{head}{cell(f'n={items[0].n}')}{''.join(_difference(item) for item in items)}</tr>")
-    return table(("Paired by seed", "Common seeds", "Hack, points [95 %]", "Override, points [95 %]", "Pass, points [95 %]"), rows)
+    return table(
+        (
+            "Paired by seed",
+            "Common seeds",
+            "Hack, points [95\N{NO-BREAK SPACE}%]",
+            "Override, points [95\N{NO-BREAK SPACE}%]",
+            "Pass, points [95\N{NO-BREAK SPACE}%]",
+        ),
+        rows,
+    )
 
 
 def geometry_table(study: Study, styles: dict[str, ArmStyle]) -> str:

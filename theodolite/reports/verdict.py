@@ -76,7 +76,7 @@ def findings(study: Study) -> list[Finding]:
 def against_other(study: Study, arm: str, against: str) -> Finding:
     """Whether ``arm`` hacks less than ``against``, and what happens to honest solutions."""
     hack, passing = compare(study, arm, against, "hack_rate"), compare(study, arm, against, "pass_rate")
-    role = _role(study, against)
+    role = _role(study, arm, against)
     question = f"`{arm}` against {role} `{against}`"
     missing = _no_pairs(hack, question)
     if missing:
@@ -99,13 +99,14 @@ def against_other(study: Study, arm: str, against: str) -> Finding:
     return Finding(question, status, f"{claim} {_honest(passing)}".strip())
 
 
-def _role(study: Study, arm: str) -> str:
-    if arm == "vanilla":
+def _role(study: Study, arm: str, against: str) -> str:
+    if against == "vanilla":
         return "no intervention,"
-    if arm == "rebound":
+    if against == "rebound":
         return "the baseline"
-    control = arm_styles([arm], {arm: study.title(arm)})[arm].control
-    return "its control" if control else "the arm"
+    if not arm_styles([against], {against: study.title(against)})[against].control:
+        return "the arm"
+    return "its control" if (arm, against) in QUESTIONS else "the control"
 
 
 def _numbers(item: Comparison) -> str:
