@@ -1,0 +1,62 @@
+# Every target makes what it needs first: `make demo` or `make test` on a fresh clone is enough.
+
+PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+# one thread per process: tests and arms run several processes, and sums must not depend on the number of cores
+RUN := OMP_NUM_THREADS=1 $(BIN)/python
+PYTEST := $(RUN) -m pytest
+FAST := not slow and not gpu and not peers and not vllm
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm demo wheel
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## .venv with everything, at the tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make setup: Python 3.11 or newer is needed, and there is no python3 on the PATH."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make setup: $(PYTHON) is older than Python 3.11."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (a few minutes the first time)"
+	@$(PIP) -c constraints.txt -e ".[dev]"
+	@touch $(STAMP)
+
+check: setup ## ruff, ruff format, pyright
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+	@$(PYTEST) -q -p no:cacheprovider tests/test_packaging.py
+
+format: setup ## let ruff rewrite what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+test: setup ## the fast tests, two-process ones included (under 5 minutes on 2 cores)
+	@$(PYTEST) -q -m "$(FAST)"
+
+test-slow: setup ## tests that take minutes
+	@$(PYTEST) -q -m "slow and not gpu and not peers and not vllm"
+
+test-distributed: setup ## only the tests that start several processes
+	@$(PYTEST) -q -m "distributed and not gpu"
+
+test-gpu: setup ## tests that need a GPU
+	@$(PYTEST) -q -m gpu
+
+test-peers: setup ## comparisons with peer libraries
+	@$(PYTEST) -q -m peers
+
+test-vllm: setup ## tests that need vLLM
+	@$(PIP) -c constraints.txt -e ".[dev,vllm]"
+	@$(PYTEST) -q -m vllm
+
+demo: setup ## the study from warm start to report on 2 cores, in under 10 minutes: runs/demo/report/index.html
+	@$(RUN) -m theodolite.demo --out runs/demo
+
+wheel: setup ## build the wheel into dist/, test it outside of the repository, check who imports whom
+	@$(RUN) tests/wheel/check_wheel.py --out dist

@@ -1,1 +1,0 @@
-../../theodolite/__init__.py

@@ -1,1 +1,0 @@
-../../theodolite/batch_arithmetic.py

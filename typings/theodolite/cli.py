@@ -1,1 +1,0 @@
-../../theodolite/cli.py
