@@ -30,12 +30,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from theodolite.datamodules.leetcode.asserts import strict_equal
+from theodolite.datamodules.leetcode.problem import Problem, TestCase
+from theodolite.datamodules.leetcode.programs import Override, assemble, find_override, parse, stub
 from theodolite.protocols import Grade, Label, Reward, Verdict
 from theodolite.sandbox import Call, Job, Limits, Outcome, Raised, Sandbox
-
-from .asserts import strict_equal
-from .problem import Problem, TestCase
-from .programs import Override, assemble, find_override, parse, stub
 
 _SELF_TEST = Problem(
     id="self-check",
@@ -68,7 +67,7 @@ class Grader:
         reward_passed: Reward when training's check passes, honestly or not.
         reward_compiles: Reward when the program compiles; added to the former.
         cache_size: Grades (and evaluator checks) remembered, by problem id, evaluator name and program.
-        check: Problems on which :meth:`start` runs :meth:`self_check`.
+        preload: Offer programs most of the standard library; see :class:`~theodolite.sandbox.Sandbox`.
     """
 
     def __init__(
@@ -78,22 +77,25 @@ class Grader:
         reward_passed: float = 3.0,
         reward_compiles: float = 0.5,
         cache_size: int = 65536,
-        check: Sequence[Problem] = (),
+        preload: bool = True,
     ) -> None:
-        self.sandbox = Sandbox(workers, limits)
+        self.sandbox = Sandbox(workers, limits, preload)
         self.reward_passed, self.reward_compiles = reward_passed, reward_compiles
-        self._check = tuple(check)
         self._grades = _Cache[Grade](cache_size)
         self._soundness = _Cache[bool](cache_size)
         self._started = False
 
     def start(self) -> None:
-        """Start the sandbox and run the self-check; idempotent. Raises ``RuntimeError`` when grading cannot be trusted."""
+        """Start the sandbox and try a problem of our own; idempotent.
+
+        Raises:
+            RuntimeError: The isolation cannot be established, or the grades of that problem are wrong.
+        """
         if self._started:
             return
         self.sandbox.start()
         try:
-            self.self_check([_SELF_TEST, *self._check])
+            self.self_check([_SELF_TEST])
         except BaseException:
             self.close()
             raise

@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .asserts import strict_equal
-from .problem import Problem
+from theodolite.datamodules.leetcode.asserts import strict_equal
+from theodolite.datamodules.leetcode.problem import Problem
 
 _OPENING = re.compile(r"(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})[ \t]*(?P<tag>[^\s`]*)[^`]*")
 _PYTHON_TAGS = ("", "python", "python3", "py")

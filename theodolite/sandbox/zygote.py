@@ -1,7 +1,7 @@
 """The fork server: a bare interpreter that forks one locked-down child per job.
 
-Started by path as a program of its own (``python -s -P -S zygote.py CONTROL_FD``), so that nothing of the parent (torch, models, secrets,
-other people's answers) is in its memory. It passes descriptors on and never reads a job or an answer: a child is a copy of this process
+Started by path as a program of its own (``python -s -P -S zygote.py CONTROL_FD full|lean``), so that nothing of the parent (torch, models,
+secrets, answers) is in its memory. It passes descriptors on and never reads a job or an answer: a child is a copy of this process
 and would find them.
 
 Control messages (SOCK_SEQPACKET): in, :data:`REQUEST` and two descriptors (job, answer); out, :data:`REPLY`.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import gc
 import importlib
 import importlib.util
@@ -37,23 +38,28 @@ LOCKDOWN_FAILED = signal.SIGUSR1
 
 JOB_FD, ANSWER_FD = 3, 4
 
-MODULES = (
-    "abc", "array", "ast", "base64", "binascii", "bisect", "calendar", "cmath", "collections", "collections.abc", "contextlib",
-    "copy", "dataclasses", "datetime", "decimal", "difflib", "encodings.idna", "enum", "fractions", "functools", "graphlib",
-    "hashlib", "heapq", "inspect", "io", "itertools", "json", "keyword", "locale", "logging", "math", "numbers", "operator",
-    "pprint", "queue", "random", "re", "secrets", "statistics", "string", "struct", "sys", "textwrap", "threading", "time",
-    "timeit", "traceback", "types", "typing", "unicodedata", "unittest", "uuid", "warnings", "weakref", "zlib",
+LEAN_MODULES = (
+    "bisect", "collections", "copy", "functools", "heapq", "itertools", "json", "math", "operator", "random", "re", "string", "sys",
+    "typing",
+)  # fmt: skip
+FULL_MODULES = (
+    "abc", "array", "ast", "base64", "binascii", "bisect", "calendar", "cmath", "collections", "collections.abc", "contextlib", "copy",
+    "dataclasses", "datetime", "decimal", "difflib", "encodings.idna", "enum", "fractions", "functools", "graphlib", "hashlib", "heapq",
+    "inspect", "io", "itertools", "json", "keyword", "locale", "logging", "math", "numbers", "operator", "pprint", "queue", "random",
+    "re", "secrets", "statistics", "string", "struct", "sys", "textwrap", "threading", "time", "timeit", "traceback", "types", "typing",
+    "unicodedata", "unittest", "uuid", "warnings", "weakref", "zlib",
 )  # fmt: skip
 """Imported once, before any fork. A child can open no file, so a program can import these and what they import, and nothing else."""
 
 
 def main() -> None:
     """Serve jobs until the control socket closes or the parent is gone."""
-    for name in MODULES:
+    for name in FULL_MODULES if sys.argv[2] == "full" else LEAN_MODULES:
         importlib.import_module(name)
     control = socket.socket(fileno=_reserve_low_descriptors(int(sys.argv[1])))
     parent = os.getppid()
     server = _Server(control, parent)
+    random.seed(0)  # a verdict must not depend on luck
     gc.collect()
     gc.freeze()  # a collection in a child would otherwise write to (and copy) every page
     control.send(HELLO)
@@ -80,6 +86,8 @@ class _Server:
         self.control, self.parent = control, parent
         self.codec, self.runner = _sibling("codec"), _sibling("runner")
         self.jail: Any = _sibling("lockdown").Jail()
+        # The C library's fork instead of os.fork: no thread exists here, so Python's after-fork repairs (a third of a job's cost) are void.
+        self.fork = ctypes.PyDLL(None).fork
         self.idle = select.poll()
         self.idle.register(control, select.POLLIN)
 
@@ -105,10 +113,7 @@ class _Server:
     def _run_child(self, request: tuple[float, float, int, int], descriptors: list[int]) -> bytes:
         started = time.monotonic()
         zygote = os.getpid()
-        try:
-            pid = os.fork()
-        except OSError:
-            pid = -1
+        pid = self.fork()
         if pid == 0:
             _child(self, zygote, request, descriptors)
         for descriptor in descriptors:
@@ -148,7 +153,6 @@ def _child(server: _Server, zygote: int, request: tuple[float, float, int, int],
         os.dup2(descriptors[0], JOB_FD)
         os.dup2(descriptors[1], ANSWER_FD)
         os.closerange(ANSWER_FD + 1, max([*descriptors, server.control.fileno()]) + 1)
-        random.seed(0)  # forking reseeds from the system; a verdict must not depend on luck
         server.jail.lock_down(cpu_s, memory_bytes, output_bytes)
     except BaseException:
         os.kill(os.getpid(), LOCKDOWN_FAILED)

@@ -1,0 +1,112 @@
+"""What crosses the border, on the trusted side: jobs are encoded, answers are read without believing them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from typing import Any, cast
+
+from . import codec, zygote
+from .jobs import Call, Job, Limits, Outcome, Raised, Status
+
+_REPORTED: frozenset[str] = frozenset({"ok", "syntax_error", "runtime_error", "memory", "output_limit"})
+
+
+def encode_calls(calls: tuple[Call, ...]) -> str:
+    """The calls as JSON text. Raises ``ValueError`` for an argument of a type that is not carried."""
+    wire = [[codec.to_wire(list(call.args)), codec.to_wire(call.kwargs)] for call in calls]
+    text = json.dumps(wire)
+    if '{"o": ' in text:
+        for call in calls:
+            _refuse_opaque(codec.from_wire(codec.to_wire([list(call.args), call.kwargs])))
+    return text
+
+
+def encode_job(job: Job, calls: str) -> bytes:
+    """The job as the child reads it; ``calls`` is the text of :func:`encode_calls`."""
+    head = {"program": job.program, "setup": job.setup_code, "entry": job.entry, "invoke": job.invoke}
+    return f'{json.dumps(head)[:-1]}, "calls": {calls}}}'.encode()
+
+
+def _refuse_opaque(value: Any) -> None:
+    if isinstance(value, codec.Opaque):
+        raise ValueError(f"a Call holds a value of type {value.type_name!r}; only plain Python values can be passed to the sandbox")
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple | set | frozenset):
+        for member in value:
+            _refuse_opaque(member)
+
+
+def judge(reply: tuple[int, float, float, int, int], raw: bytes, limits: Limits, expected_outputs: int | None) -> Outcome:
+    """Turn the zygote's reply and the child's bytes into an outcome; ``infra_error`` here means "try again".
+
+    How the process ended is known from the kernel; what it wrote is only believed as far as "these are its answers".
+    """
+    status, cpu_s, wall_s, peak_bytes, killed = reply
+    ended = _how_it_ended(status, cpu_s, peak_bytes, bool(killed), limits)
+    if ended is not None:
+        return Outcome(ended[0], error=ended[1], cpu_s=cpu_s, wall_s=wall_s)
+    status_text, outputs, returned, error = _parse_answer(raw, limits, expected_outputs)
+    return Outcome(status_text, outputs, returned, error, cpu_s, wall_s)
+
+
+def _how_it_ended(status: int, cpu_s: float, peak_bytes: int, killed: bool, limits: Limits) -> tuple[Status, str] | None:
+    """Status and text for a process that did not end by itself; ``None`` when its answer decides."""
+    if status == -1:
+        return "infra_error", "no process could be forked"
+    if not os.WIFSIGNALED(status):
+        return None
+    number = os.WTERMSIG(status)
+    if number == zygote.LOCKDOWN_FAILED:
+        return "infra_error", "the process could not lock itself down"
+    if number in (signal.SIGPROF, signal.SIGXCPU) or (number == signal.SIGKILL and cpu_s >= 0.9 * limits.cpu_s):
+        return "timeout", f"more than {limits.cpu_s:g} s of CPU time"
+    if killed:
+        return "infra_error", f"{limits.wall_s:g} s of wall time with {cpu_s:.2f} s of CPU time"
+    if number == signal.SIGKILL:
+        if peak_bytes >= limits.memory_mb << 19:
+            return "memory", "killed by the system while using much memory"
+        return "infra_error", "killed from outside"
+    return "runtime_error", f"killed by signal {number}"
+
+
+def _parse_answer(raw: bytes, limits: Limits, expected_outputs: int | None) -> tuple[Status, tuple[Any, ...] | None, bool, str]:
+    if not raw:
+        return "no_answer", None, False, "the program ended without an answer"
+    if len(raw) > limits.output_kb << 10:
+        return "output_limit", None, False, "the answer is too large"
+    try:
+        return _read_answer(json.loads(raw), expected_outputs)
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+        return "no_answer", None, False, f"unreadable answer ({type(error).__name__})"
+
+
+def _read_answer(answer: Any, expected_outputs: int | None) -> tuple[Status, tuple[Any, ...] | None, bool, str]:
+    status = answer["status"] if isinstance(answer, dict) else None
+    if not isinstance(status, str) or status not in _REPORTED:
+        raise ValueError("no status")
+    known = cast(Status, status)
+    if known != "ok":
+        return known, None, False, _text(answer.get("error", ""))
+    if expected_outputs is None:
+        return known, None, answer.get("returned") is True, ""
+    outputs = answer["outputs"]
+    if not isinstance(outputs, list) or len(outputs) != expected_outputs:
+        raise ValueError("wrong number of outputs")
+    return known, tuple(_read_output(output) for output in outputs), False, ""
+
+
+def _read_output(output: Any) -> Any:
+    if isinstance(output, list) and len(output) == 1:
+        return codec.from_wire(output[0])
+    if not isinstance(output, dict):
+        raise ValueError("neither a value nor an exception")
+    return Raised(str(output["type"])[:80], str(output["message"])[:160])
+
+
+def _text(error: Any) -> str:
+    if isinstance(error, dict):
+        error = f"{error.get('type')}: {error.get('message')}"
+    return str(error)[:240]
