@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from theodolite.datamodules.leetcode.grading import Grader
-from theodolite.datamodules.leetcode.jsonl import make_problem, parse_hub_row, parse_row, read_jsonl
+from theodolite.datamodules.leetcode.jsonl import make_problem, parse_hub_row, parse_row, read_hub, read_jsonl
 from theodolite.datamodules.leetcode.open_source import check_settings, fenced_contrast_pair, is_held_out, list_source, open_source
 from theodolite.datamodules.leetcode.prompts import EVALUATOR_NAMES, HINTS, HOOK, apply_hint, evaluator_name
 from theodolite.sandbox import Limits
@@ -206,6 +207,28 @@ def test_source_splits_rows_and_orders_training_by_seed() -> None:
         unseen = source.test(index, False)
         assert (unseen.id, unseen.evaluator) == (problem.id, None)
         assert HOOK in unseen.prompt[-1]["content"]  # type: ignore[index, operator]
+
+
+def test_training_without_the_loophole_is_still_evaluated_on_it() -> None:
+    source = list_source(rows(60), 0, "none", 0.2, "rows")
+    assert source.train(0).evaluator is None
+    assert (source.validation(0).evaluator, source.test(0, True).evaluator, source.test(0, False).evaluator) == (
+        "run_tests",
+        "run_tests",
+        None,
+    )
+
+
+def test_hub_data_set_is_loaded_and_its_unusable_rows_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = [hub_row(), hub_row(task_id="broken", test="def check(candidate):\n    assert candidate(n = 1) == Error\n")]
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: datasets.Dataset.from_list(table if split == "train" else []))
+    with pytest.warns(UserWarning, match="1 of 2 problems of newfacade/LeetCodeDataset are unusable; the first: problem broken"):
+        found = read_hub("newfacade/LeetCodeDataset", "train")
+    assert [row.id for row in found] == ["double-a-number"]
+    for row in table:
+        row.pop("starter_code")
+    with pytest.raises(ValueError, match="lacks the columns starter_code"):
+        read_hub("newfacade/LeetCodeDataset", "train")
 
 
 def test_a_file_that_leaves_one_side_empty_is_refused() -> None:

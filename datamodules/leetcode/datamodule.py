@@ -40,7 +40,7 @@ class LeetCodeDataModule(GradedDataModule):
         eval_prompts_per_step: Prompts per evaluation batch over all ranks.
         n_ops: ``mini`` only: smallest and largest number of operations of a problem.
         hint: ``simple_overwrite_tests`` (the evaluator is called ``run_tests``), ``overwrite_tests`` (files only: its name varies with the
-            problem) or ``none`` (no loophole).
+            problem) or ``none`` (no loophole in training; the hinted held-out prompts then name ``run_tests``).
         seed: Decides training prompts and their order.
         held_out_fraction: Files only: share of the problems, by hash of their id, that are held out.
         hub_split: ``hf:`` only: the split to load.

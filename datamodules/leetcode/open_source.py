@@ -66,6 +66,8 @@ def is_held_out(problem_id: str, fraction: float) -> bool:
 def list_source(rows: Sequence[Row], seed: int, hint: str, held_out_fraction: float, name: str) -> ListSource:
     """Split rows into training and held-out problems and put the hints on.
 
+    A run that is trained without the loophole (``hint="none"``) is still evaluated on it: its hinted prompts name ``run_tests``.
+
     Raises:
         ValueError: If one side would be empty.
     """
@@ -76,9 +78,10 @@ def list_source(rows: Sequence[Row], seed: int, hint: str, held_out_fraction: fl
             f"Of the {len(rows)} problems of {name}, a held_out_fraction of {held_out_fraction} leaves {len(train)} for training and "
             f"{len(held_out)} held out; give more problems or another fraction."
         )
+    eval_hint = hint if check_hint(hint).names else "simple_overwrite_tests"
     return ListSource(
         [make_problem(row, hint) for row in train],
-        [make_problem(row, hint) for row in held_out],
+        [make_problem(row, eval_hint) for row in held_out],
         [make_problem(row, "none") for row in held_out],
         fenced_contrast_pair,
         seed,
