@@ -22,17 +22,19 @@ import ctypes, os, signal, socket
 def refused(attack):
     try:
         return attack() == -1
-    except OSError:
+    except PermissionError:
         return True
+    except OSError:
+        return False
 
 def broken_out():
     attacks = {
         "open": lambda: os.open("/proc/self/status", os.O_RDONLY),
-        "write": lambda: os.open("/theodolite-probe", os.O_WRONLY | os.O_CREAT),
+        "write": lambda: os.open("/dev/null", os.O_WRONLY),
         "stat": lambda: os.stat("/"),
         "socket": lambda: socket.socket(),
         "fork": lambda: os.fork() or os._exit(9),
-        "exec": lambda: os.execv("/bin/true", ["true"]),
+        "exec": lambda: os.execv("/theodolite-probe", ["probe"]),
         "kill": lambda: os.kill(os.getppid(), 0),
         "ptrace": lambda: ctypes.CDLL(None).ptrace(0, 0, 0, 0),
         "ignore the CPU timer": lambda: signal.signal(signal.SIGPROF, signal.SIG_IGN),
