@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -117,11 +119,49 @@ class SignalAt(Callback):
             os.kill(os.getpid(), getattr(signal, self.name))
 
 
-class SignalAfterCheckpoint(Callback):
-    """Kills this process after a checkpoint was written and before the batch's row is logged: the worst moment."""
+class KillAfterSave(Logger):
+    """Kills this process when a checkpoint has just been written and its batch's row has not: the worst moment.
+
+    Args:
+        step: Optimizer steps in the checkpoint.
+    """
 
     def __init__(self, step: int):
         super().__init__()
         self.step = step
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None: ...
+    @property
+    def name(self) -> str:
+        return "kill"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        if checkpoint_callback._last_global_step_saved == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None: ...
+
+
+class NeedsOne(TinyModel):
+    """A model with an argument that has no default.
+
+    Args:
+        needed: Anything.
+    """
+
+    def __init__(self, needed: int):
+        super().__init__()
+        self.needed = needed
+
+
+class ScheduledModel(TinyModel):
+    """A model whose learning rate follows a schedule."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]

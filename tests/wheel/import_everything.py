@@ -38,7 +38,7 @@ def main(installed: str, foreign: str, libraries: str) -> int:
 def _import_rules() -> int:
     from importlinter.cli import lint_imports
 
-    return lint_imports(config_filename="pyproject.toml", no_cache=True)
+    return lint_imports(config_filename="pyproject.toml", no_cache=True, no_logo=True)
 
 
 if __name__ == "__main__":
