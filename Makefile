@@ -4,7 +4,7 @@ PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 # one thread per process: tests and arms run several processes, and sums must not depend on the number of cores
 RUN := OMP_NUM_THREADS=1 $(BIN)/python
 PYTEST := $(RUN) -m pytest

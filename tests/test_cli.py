@@ -22,6 +22,7 @@ sys.path.insert(0, str(TESTS))  # so that configs can name tiny_modules, here an
 
 from theodolite import cli as cli_module  # noqa: E402
 from theodolite.cli import SUBCOMMANDS, TheodoliteCLI, main  # noqa: E402
+from theodolite.config_layers import ConfigError  # noqa: E402
 from theodolite.provenance import content_hash  # noqa: E402
 from theodolite.run_logger import RunLogger, encode_row  # noqa: E402
 from theodolite.run_recorder import hashed_config  # noqa: E402
@@ -152,7 +153,24 @@ def test_wrong_command_is_one_sentence(refusal: Callable[..., str]) -> None:
 
 def test_required_argument_that_no_layer_sets_is_named(refusal: Callable[..., str]) -> None:
     assert "model.init_args.needed" in refusal("fit", "--config=tiny.yaml", "--model=tiny_modules.NeedsOne")
-    assert "callbacks" in refusal("fit", "--config=tiny.yaml", "--trainer.callbacks+=tiny_modules.SignalAt")
+    assert "trainer.callbacks[1].init_args.batch" in refusal("fit", "--config=tiny.yaml", "--trainer.callbacks+=tiny_modules.SignalAt")
+
+
+def test_a_replaced_list_is_forgotten_and_an_appended_entry_is_edited(project: Path) -> None:
+    (project / "first.yaml").write_text("trainer: {callbacks: [{class_path: tiny_modules.SignalAt}]}")
+    cli_module.check_args(["fit", "--config=first.yaml", "--config=tiny.yaml"])
+    cli_module.check_args(["fit", "--config=tiny.yaml", "--config=first.yaml", "--trainer.callbacks.batch=3"])
+    with pytest.raises(ConfigError, match="SignalAt has no default"):
+        cli_module.check_args(["fit", "--config=tiny.yaml", "--config=first.yaml"])
+    with pytest.raises(ConfigError, match="'strength'"):
+        cli_module.check_args(["fit", "--config=tiny.yaml", "--config=first.yaml", "--trainer.callbacks.strength=3"])
+
+
+def test_a_start_that_failed_leaves_the_folder_free(project: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(OSError, match="no such data"):
+            main(["fit", "--config=tiny.yaml", "--model=tiny_modules.FailsInSetup", "--run_dir=out"])
+    main(["fit", "--config=tiny.yaml", "--run_dir=out"])
 
 
 @pytest.mark.parametrize("subcommand", SUBCOMMANDS)

@@ -165,3 +165,10 @@ class ScheduledModel(TinyModel):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+class FailsInSetup(TinyModel):
+    """A model whose files are missing."""
+
+    def setup(self, stage: str) -> None:
+        raise FileNotFoundError("no such data")

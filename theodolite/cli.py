@@ -20,6 +20,7 @@ import datetime
 import importlib
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,7 +166,10 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        raise ConfigError(" ".join(message.split())) from ex
+        text = " ".join(message.split())
+        # of a union's members only the one that was meant matters: the class that was found and could not take its arguments
+        inner = re.match(r'Parser key "(.+?)":.*?Problem with given class_path \'(.+?)\': (.+?)(?: - Not a valid| - Expected|$)', text)
+        raise ConfigError(f"{inner[1]}: {inner[2]}: {inner[3]}." if inner else text) from ex
 
 
 def import_rooms() -> None:

@@ -42,13 +42,14 @@ class Checker:
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
     classes: dict[str, type] = field(default_factory=dict)
     given: dict[str, set[str]] = field(default_factory=dict)
+    last: dict[str, str] = field(default_factory=dict)
 
     def check(self, layers: Iterable[Layer]) -> None:
         """Raise :class:`ConfigError` at the first thing that cannot work, in the order of the layers."""
         for layer in layers:
             for raw_key, value in layer.tree.items():
                 self._top(str(raw_key), value, layer)
-        for key in self.roots:
+        for key in self.classes:
             self._required(key)
 
     def _top(self, raw_key: str, value: Any, layer: Layer) -> None:
@@ -74,26 +75,41 @@ class Checker:
             if name not in types:
                 raise ConfigError(f"{layer.origin}: {owner.__name__} has no argument '{name}' (at {key}){closest(name, types)}.")
             self.given.setdefault(key, set()).add(name)
+            if f"{key}.{name}" in self.bases and isinstance(value, list) and not str(raw_name).endswith("+"):
+                self._forget(f"{key}.{name}[")
             self._any(f"{key}.{name}", value, types[name], layer)
+
+    def _forget(self, prefix: str) -> None:
+        """A list that is given anew replaces what earlier layers put there."""
+        self.classes = {key: owner for key, owner in self.classes.items() if not key.startswith(prefix)}
+        self.given = {key: names for key, names in self.given.items() if not key.startswith(prefix)}
+
+    def _entry(self, key: str, is_new: bool) -> str:
+        """The label of a list's new entry, or of its last one: options without an index edit that."""
+        if is_new:
+            self.last[key] = f"{key}[{sum(label.startswith(f'{key}[') and label.endswith(']') for label in self.classes)}]"
+        return self.last.get(key, key)
 
     def _any(self, key: str, value: Any, annotation: Any, layer: Layer) -> None:
         """A value that may be, or may hold, instances given by class name."""
         base = self.bases.get(key)
         if isinstance(value, list) and any(isinstance(item, dict) or base for item in value):
-            for position, item in enumerate(value):
-                self._item(f"{key}[{position}]", key, item, base, annotation, layer)
+            for item in value:
+                self._item(key, item, base, layer)
+        elif isinstance(value, dict) and base:
+            self._instance(self._entry(key, "class_path" in value), value, base, layer)
         elif isinstance(value, dict) and (any(name in value for name in CLASS_KEYS) or key in self.classes):
-            self._instance(key, value, base or object, layer)
-        elif isinstance(value, str) and base and base is not object:
-            self._instance(key, value, base, layer)
+            self._instance(key, value, object, layer)
+        elif isinstance(value, str) and base:
+            self._instance(self._entry(key, True), value, base, layer)
         else:
             self._value(key, value, annotation, layer)
 
-    def _item(self, label: str, key: str, item: Any, base: type | None, annotation: Any, layer: Layer) -> None:
+    def _item(self, key: str, item: Any, base: type | None, layer: Layer) -> None:
+        """One entry of a list of instances."""
+        label = self._entry(key, True)
         if (isinstance(item, dict) and "class_path" in item) or (isinstance(item, str) and base):
             self._instance(label, item, base or object, layer)
-            if label in self.classes:  # options without an index edit the last element of a list
-                self.classes[key] = self.classes[label]
         elif base:
             raise ConfigError(f"{layer.origin}: {label} is {show(item)}, but each entry needs a class_path.")
 
@@ -116,6 +132,7 @@ class Checker:
                 f"{layer.origin}: {key} has no key '{name}'" + (f"; {remedy}." if remedy else f"{closest(name, CLASS_KEYS)}.")
             )
         arguments |= loose
+        self.given.setdefault(key, set()).update(value.get("dict_kwargs") or {})
         if arguments and key not in self.classes:
             raise ConfigError(f"{layer.origin}: {key} has arguments, but no layer up to here gives {key}.class_path.")
         if arguments:
@@ -131,8 +148,6 @@ class Checker:
             raise ConfigError(f"{layer.origin}: {key} is {show(value)}, but must be {describe(annotation)}{hint}.")
 
     def _required(self, key: str) -> None:
-        if key not in self.classes:
-            return
         owner = self.classes[key]
         missing = [name for name in _required_names(owner) if name not in self.given.get(key, set())]
         if missing:

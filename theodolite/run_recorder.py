@@ -48,8 +48,19 @@ class RunRecorder(Callback):
         """Path of a file of this run: ``fit`` has the plain name, the other subcommands carry theirs."""
         return self.run_dir / (f"{stem}{suffix}" if self.subcommand == "fit" else f"{stem}.{self.subcommand}{suffix}")
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save config and manifest before the first batch."""
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save config and manifest: everything is set up, nothing has run. A start that failed leaves the folder free."""
+        self._save(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As :meth:`on_fit_start`."""
+        self._save(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As :meth:`on_fit_start`."""
+        self._save(trainer, pl_module)
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         write_text_atomic(self.file("config", ".yaml"), self._config_text)
@@ -96,6 +107,8 @@ class RunRecorder(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The batch's row was logged before validation."""
         self._unlogged = None
+        if self.subcommand == "validate":
+            self._save(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The epoch's row is logged after all callbacks' hooks."""
