@@ -24,6 +24,7 @@ from theodolite.callbacks.sequence_gradients import (
 )
 from theodolite.functional.directions import ConceptDirection, check_method, gradient_difference, haar_random_like
 from theodolite.protocols import Window
+from theodolite.seeds import run_seed
 
 
 class DirectionSource(ABC):
@@ -71,7 +72,7 @@ class GradientDifference(DirectionSource):
         k: Rows per matrix; 1 for ``mean``.
         pairs: JSONL file of pairs, ``{"prompt", "concept", "clean"}`` per line; None asks ``trainer.datamodule.contrast_pairs(n_pairs,
             seed)``.
-        seed: Seed of the datamodule's pairs.
+        seed: Seed of the datamodule's pairs; None = the run's ``seed_everything``.
         parameters: Glob patterns of parameter names; None takes every trainable 2-dimensional parameter.
         refresh_every: Score the same pairs again under the current weights every so many optimizer steps; None keeps the base policy's.
         chunk_size: Sequences per backward pass.
@@ -86,7 +87,7 @@ class GradientDifference(DirectionSource):
         method: Literal["mean", "svd"] = "mean",
         k: int = 1,
         pairs: str | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         parameters: list[str] | None = None,
         refresh_every: int | None = None,
         chunk_size: int = 32,
@@ -97,7 +98,7 @@ class GradientDifference(DirectionSource):
                 f"n_pairs={n_pairs} (at least k={k}), chunk_size={chunk_size} and refresh_every={refresh_every} must be positive."
             )
         self.method: Literal["mean", "svd"] = method
-        self.n_pairs, self.k, self.seed = n_pairs, k, seed
+        self.n_pairs, self.k, self.seed = n_pairs, k, run_seed(seed)
         self.pairs, self.parameters, self.refresh_every, self.chunk_size = pairs, parameters, refresh_every, chunk_size
         self._encoded: list[TokenPair] | None = None
 
@@ -139,14 +140,14 @@ class HaarRandom(DirectionSource):
 
     Args:
         k: Rows per matrix.
-        seed: Seed of the draw.
+        seed: Seed of the draw; None = the run's ``seed_everything``.
         parameters: Glob patterns of parameter names; None takes every trainable 2-dimensional parameter.
     """
 
-    def __init__(self, k: int = 8, seed: int = 0, parameters: list[str] | None = None) -> None:
+    def __init__(self, k: int = 8, seed: int | None = None, parameters: list[str] | None = None) -> None:
         if k < 1:
             raise ValueError(f"k={k} is out of range: draw at least 1 row per matrix.")
-        self.k, self.seed, self.parameters = k, seed, parameters
+        self.k, self.seed, self.parameters = k, run_seed(seed), parameters
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The patterns match and every matrix has room for ``k`` rows."""

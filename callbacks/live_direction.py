@@ -27,7 +27,7 @@ from theodolite.callbacks.sequence_gradients import (
 )
 from theodolite.functional.directions import ConceptDirection, check_method, gradient_difference
 from theodolite.protocols import OracleWindow, TokenSequence, Window
-from theodolite.seeds import derive_seed
+from theodolite.seeds import derive_seed, run_seed
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
@@ -88,7 +88,7 @@ class LiveGradientDifference(DirectionSource):
         placebo: Control: two random rollouts of the same prompt instead, at the rate at which real pairs would enter; the queue starts with
             such pairs of the first window.
         pairs: JSONL file of start pairs; None asks the datamodule.
-        seed: Seed of start pairs, shuffling and placebo draws.
+        seed: Seed of start pairs, shuffling and placebo draws; None = the run's ``seed_everything``.
         parameters: Glob patterns of parameter names; None takes every trainable 2-dimensional parameter.
         chunk_size: Sequences per backward pass.
 
@@ -107,7 +107,7 @@ class LiveGradientDifference(DirectionSource):
         shuffle_labels: bool = False,
         placebo: bool = False,
         pairs: str | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         parameters: list[str] | None = None,
         chunk_size: int = 32,
     ) -> None:
@@ -122,7 +122,7 @@ class LiveGradientDifference(DirectionSource):
         self.capacity, self.refresh_every, self.pairs_per_group = capacity, refresh_every, pairs_per_group
         self.method: Literal["mean", "svd"] = method
         self.k, self.shuffle_labels, self.placebo = k, shuffle_labels, placebo
-        self.pairs, self.seed, self.parameters, self.chunk_size = pairs, seed, parameters, chunk_size
+        self.pairs, self.seed, self.parameters, self.chunk_size = pairs, run_seed(seed), parameters, chunk_size
         self.queue: list[LivePair] = []
         self._flagged = text_detector(detector)
         self._windows = 0

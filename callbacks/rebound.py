@@ -39,7 +39,7 @@ from theodolite.callbacks.sequence_gradients import (
     without_trace,
 )
 from theodolite.protocols import SequenceScorer, TokenSequence, Window
-from theodolite.seeds import derive_seed
+from theodolite.seeds import derive_seed, run_seed
 
 
 class ReboundCallback(Callback):
@@ -53,7 +53,7 @@ class ReboundCallback(Callback):
         position: ``mean`` over the completion's tokens, or its ``last`` token.
         std_floor: Smallest divisor of ``z``, in units of the distance between clean and concept.
         pairs: JSONL file of pairs; None asks ``trainer.datamodule.contrast_pairs``.
-        seed: Seed of the pairs and of a random direction.
+        seed: Seed of the pairs and of a random direction; None = the run's ``seed_everything``.
         random_direction: Control: a random direction of the same norm.
         chunk_size: Sequences per forward pass.
 
@@ -70,7 +70,7 @@ class ReboundCallback(Callback):
         position: Literal["last", "mean"] = "mean",
         std_floor: float = 0.1,
         pairs: str | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         random_direction: bool = False,
         chunk_size: int = 32,
     ) -> None:
@@ -85,7 +85,7 @@ class ReboundCallback(Callback):
         self.mode: Literal["additive", "multiplicative"] = mode
         self.position: Literal["last", "mean"] = position
         self.alpha, self.layer_fraction, self.n_pairs = alpha, layer_fraction, n_pairs
-        self.std_floor, self.pairs, self.seed = std_floor, pairs, seed
+        self.std_floor, self.pairs, self.seed = std_floor, pairs, run_seed(seed)
         self.random_direction, self.chunk_size = random_direction, chunk_size
         self.score_vector: Tensor | None = None
         """(d,) in float64 on the CPU; the standardised score is ``h . score_vector - score_offset``."""

@@ -301,7 +301,7 @@ class PolicyModule(L.LightningModule):
                 for logger in self.trainer.loggers:
                     logger.log_metrics(metrics, step=self.trainer.global_step)
             else:
-                self.log_dict(metrics, rank_zero_only=False, sync_dist=False)
+                self.log_dict(metrics | {"step": float(self.trainer.global_step)}, rank_zero_only=False, sync_dist=False)
             if self.global_rank == 0:
                 path = Path(self.trainer.default_root_dir) / "rollouts" / f"step_{self.trainer.global_step:06d}_{stage}_{name}.parquet"
                 write_completions(rows, path)

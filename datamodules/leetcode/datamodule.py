@@ -41,7 +41,7 @@ class LeetCodeDataModule(GradedDataModule):
         n_ops: ``mini`` only: smallest and largest number of operations of a problem.
         hint: ``simple_overwrite_tests`` (the evaluator is called ``run_tests``), ``overwrite_tests`` (files only: its name varies with the
             problem) or ``none`` (no loophole in training; the hinted held-out prompts then name ``run_tests``).
-        seed: Decides training prompts and their order.
+        seed: Decides training prompts and their order; null = the run's ``seed_everything``.
         held_out_fraction: Files only: share of the problems, by hash of their id, that are held out.
         hub_split: ``hf:`` only: the split to load.
         reward_passed: Reward for satisfying the check, honestly or not.
@@ -60,7 +60,7 @@ class LeetCodeDataModule(GradedDataModule):
         eval_prompts_per_step: int = 96,
         n_ops: list[int] = [3, 4],  # noqa: B006  (never changed; jsonargparse shows it in --help)
         hint: str = "simple_overwrite_tests",
-        seed: int = 0,
+        seed: int | None = None,
         held_out_fraction: float = 0.2,
         hub_split: str = "train",
         reward_passed: float = 1.0,

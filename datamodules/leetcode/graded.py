@@ -13,6 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from theodolite.batch_arithmetic import split_batch
 from theodolite.protocols import ContrastPair, Environment
+from theodolite.seeds import run_seed
 from theodolite.sandbox import Limits
 
 from ..samplers import DistributedBatchSampler
@@ -66,7 +67,7 @@ class GradedDataModule(pl.LightningDataModule):
         eval_problems: int | None,
         test_problems: int | None,
         eval_prompts_per_step: int,
-        seed: int,
+        seed: int | None,
     ) -> None:
         super().__init__()
         self.environment = self._grader = grader
@@ -74,7 +75,7 @@ class GradedDataModule(pl.LightningDataModule):
         self.eval_problems = eval_problems
         self.test_problems = test_problems
         self.eval_prompts_per_step = eval_prompts_per_step
-        self.seed = seed
+        self.seed = run_seed(seed)
         self._source: ProblemSource | None = None
         for name, value in (("The global batch size", batch_size), ("eval_prompts_per_step", eval_prompts_per_step)):
             if value < 1:

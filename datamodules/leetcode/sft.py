@@ -60,7 +60,7 @@ class LeetCodeSFTDataModule(GradedDataModule):
         n_ops: Smallest and largest number of operations in demonstrations.
         hack_fraction: Share of demonstrations that are hacks (in expectation).
         global_batch_size: Demonstrations per optimizer step over all ranks.
-        seed: Decides the demonstrations and their order.
+        seed: Decides the demonstrations and their order; null = the run's ``seed_everything``.
         eval_problems: Held-out problems for validation.
         test_problems: Held-out problems per test loader.
         eval_n_ops: Smallest and largest number of operations in held-out problems.
@@ -77,7 +77,7 @@ class LeetCodeSFTDataModule(GradedDataModule):
         n_ops: list[int] = [2, 3],  # noqa: B006  (never changed; jsonargparse shows it in --help)
         hack_fraction: float = 0.0,
         global_batch_size: int = 64,
-        seed: int = 0,
+        seed: int | None = None,
         eval_problems: int = 96,
         test_problems: int = 192,
         eval_n_ops: list[int] = [3, 4],  # noqa: B006
@@ -94,7 +94,7 @@ class LeetCodeSFTDataModule(GradedDataModule):
         self.examples = examples
         self.n_ops = check_n_ops(n_ops)
         self.hack_fraction = hack_fraction
-        self._eval_source = MiniSource(seed, check_n_ops(eval_n_ops), "simple_overwrite_tests")
+        self._eval_source = MiniSource(self.seed, check_n_ops(eval_n_ops), "simple_overwrite_tests")
         self._examples: list[Example] | None = None
 
     def open_source(self) -> ProblemSource:
