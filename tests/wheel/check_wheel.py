@@ -94,9 +94,8 @@ def main() -> None:
         check_contents(wheel)
         check_installed(wheel, scratch)
         out.mkdir(parents=True, exist_ok=True)
-        print(
-            f"wheel: {shutil.copy2(wheel, out / wheel.name)} holds every package, imports beside foreign folders, and keeps the import rules"
-        )
+        shutil.copy2(wheel, out / wheel.name)
+        print(f"wheel: {wheel.name} is complete, imports beside a foreign callbacks/, and keeps the import rules")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 def main(installed: str, foreign: str, libraries: str) -> int:
     """Number of things that are wrong, each printed."""
+    installed, foreign = str(Path(installed).resolve()), str(Path(foreign).resolve())
     sys.path[:0] = [installed, foreign, libraries]
     problems: list[str] = []
     package = importlib.import_module("theodolite")
@@ -25,7 +26,7 @@ def main(installed: str, foreign: str, libraries: str) -> int:
         except Exception as error:
             problems.append(f"importing {name} failed: {type(error).__name__}: {error}")
             continue
-        if not Path(origin).is_relative_to(installed):
+        if not Path(origin).resolve().is_relative_to(installed):
             problems.append(f"{name} came from {origin}, not from the wheel")
     if getattr(importlib.import_module("callbacks"), "OWNER", None) != "someone else":
         problems.append("`import callbacks` is not the foreign package")
