@@ -292,6 +292,16 @@ def test_changed_rate_under_a_schedule_is_refused(project: Path, capsys: pytest.
     main(args)
 
 
+def test_changed_rate_scales_a_schedule_of_factors(project: Path) -> None:
+    """With lr(t) = lr / (1 + t), resuming at t = 4 with five times the rate must go on at 5 x lr / (1 + t)."""
+    args = ["fit", "--config=tiny.yaml", "--model=tiny_modules.DecayingModel", "--run_dir=out"]
+    main([*args, "--trainer.max_epochs=1"])
+    saved = next((project / "out" / "checkpoints").glob("*.ckpt"))
+    cli = TheodoliteCLI([*args, f"--ckpt_path={saved}", "--model.lr=0.5"])
+    (group,) = cli.trainer.optimizers[0].param_groups
+    assert group["lr"] == pytest.approx(0.5 / (1 + cli.trainer.global_step))
+
+
 @pytest.fixture
 def uninterrupted(project: Path) -> Path:
     main(["fit", "--config=tiny.yaml", "--config=every_three.yaml", "--run_dir=whole"])

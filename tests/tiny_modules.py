@@ -167,6 +167,15 @@ class ScheduledModel(TinyModel):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
 
+class DecayingModel(TinyModel):
+    """A model whose learning rate is a factor of its base rate at each step."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
 class FailsInSetup(TinyModel):
     """A model whose files are missing."""
 

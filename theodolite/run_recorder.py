@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from theodolite.config_layers import ConfigError
 from theodolite.provenance import manifest, write_json_atomic, write_text_atomic
@@ -166,10 +167,14 @@ class RunRecorder(Callback):
         old = self._restored_lr if self._restored_lr is not None else (present.pop() if len(present) == 1 else None)
         if old is None or old == lr or (self._restored_lr is None and trainer.lr_scheduler_configs):
             return
-        if trainer.lr_scheduler_configs or old == 0:
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        if old == 0 or not all(isinstance(scheduler, LambdaLR) for scheduler in schedulers):
             raise ConfigError(f"lr is {lr}, but the checkpoint was trained with {old} under a schedule that resumes with it; keep {old}.")
         for group in groups:
             group["lr"] *= lr / old
+            group["initial_lr"] = group.get("initial_lr", old) * lr / old
+        for scheduler in schedulers:  # lr(t) = base x factor(t): scaling the base scales all of it
+            scheduler.base_lrs = [base * lr / old for base in scheduler.base_lrs]
         rank_zero_info(f"Resumed with a new learning rate: {old} in the checkpoint, {lr} now.")
 
 
