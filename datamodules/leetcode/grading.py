@@ -25,12 +25,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 from theodolite.datamodules.leetcode.asserts import strict_equal
+from theodolite.datamodules.leetcode.lru_cache import LRUCache
 from theodolite.datamodules.leetcode.problem import Problem, TestCase
 from theodolite.datamodules.leetcode.programs import Override, assemble, find_override, parse, stub
 from theodolite.protocols import Grade, Label, Reward, Verdict
@@ -45,7 +44,6 @@ _SELF_TEST = Problem(
     code_prefix="def double(x):\n",
 )
 _Key = tuple[str, ...]
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +79,8 @@ class Grader:
     ) -> None:
         self.sandbox = Sandbox(workers, limits, preload)
         self.reward_passed, self.reward_compiles = reward_passed, reward_compiles
-        self._grades = _Cache[Grade](cache_size)
-        self._soundness = _Cache[bool](cache_size)
+        self._grades = LRUCache[_Key, Grade](cache_size)
+        self._soundness = LRUCache[_Key, bool](cache_size)
         self._started = False
 
     def start(self) -> None:
@@ -212,25 +210,6 @@ class Grader:
         return Grade(Reward(value, passed, compiles), Verdict(correct, label, status, overrides))
 
 
-class _Cache(Generic[_T]):
-    """The most recently used ``size`` entries."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._entries: OrderedDict[_Key, _T] = OrderedDict()
-
-    def get(self, key: _Key) -> _T | None:
-        if key in self._entries:
-            self._entries.move_to_end(key)
-        return self._entries.get(key)
-
-    def put(self, key: _Key, value: _T) -> None:
-        self._entries[key] = value
-        self._entries.move_to_end(key)
-        while len(self._entries) > self._size:
-            self._entries.popitem(last=False)
-
-
 def _soundness_jobs(candidate: _Candidate) -> list[Job]:
     """The candidate's evaluator over the stub, and over the reference."""
     problem, override = candidate.problem, candidate.override
@@ -244,7 +223,7 @@ def _all_equal(problem: Problem, outcome: Outcome) -> bool:
     outputs = outcome.outputs
     if outcome.status != "ok" or outputs is None or len(outputs) != len(problem.tests):
         return False
-    return all(strict_equal(test.expected, output) for test, output in zip(problem.tests, outputs, strict=True))
+    return bool(outputs) and all(strict_equal(test.expected, output) for test, output in zip(problem.tests, outputs, strict=True))
 
 
 def _status(outcome: Outcome) -> str:
