@@ -33,6 +33,9 @@ class Checker:
         plain: Type by key, for the other top-level keys.
         bases: Base class of dotted keys whose annotation does not say it (``trainer.callbacks``).
         choices: Names allowed where the annotation says no more than ``str``, by dotted key.
+        classes: Found so far: the class at each key; list entries are numbered (``trainer.callbacks[0]``).
+        given: Found so far: the arguments that some layer sets, by the same keys.
+        last: Found so far: the last entry of each list, which options without an index edit.
     """
 
     roots: Mapping[str, type]
