@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -188,7 +189,9 @@ class GradientProjectionCallback(Callback):
         if self.source is None:
             return {}
         metrics: dict[str, Any] = {}
-        fresh = self.source.refresh(trainer, pl_module, trainer.global_step)
+        timed: Any = getattr(pl_module, "timed", None)  # a module that times its phases gets one for this
+        with timed("direction") if timed is not None else nullcontext():
+            fresh = self.source.refresh(trainer, pl_module, trainer.global_step)
         if fresh is not None:
             previous = self.current
             self._adopt(fresh, trainer, pl_module, narrow=True)

@@ -10,6 +10,7 @@ import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -66,12 +67,12 @@ def text_detector(detector: str) -> Callable[[str], bool]:
             raise ValueError(f"detector={detector!r} looks like a path to a callable but cannot be imported: {error}.") from error
         if not callable(function):
             raise ValueError(f"detector={detector!r} is not callable: name a function that takes a text and returns a bool.")
-        return lambda text: bool(function(text))
+        return partial(_called, function)
     try:
         pattern = re.compile(detector)
     except re.error as error:
         raise ValueError(f"detector={detector!r} is not a regular expression: {error}.") from error
-    return lambda text: pattern.search(text) is not None
+    return partial(_found, pattern)
 
 
 class LiveGradientDifference(DirectionSource):
@@ -215,6 +216,16 @@ class LiveGradientDifference(DirectionSource):
         if not self.shuffle_labels or derive_seed("shuffle", self.seed, pair.step, pair.slot, *pair.samples) % 2:
             return pair
         return LivePair(pair.step, pair.slot, pair.samples, pair.clean, pair.concept)
+
+
+def _called(function: Callable[[str], Any], text: str) -> bool:
+    """A user's predicate (a module-level function, so that the callback can be sent to spawned ranks)."""
+    return bool(function(text))
+
+
+def _found(pattern: re.Pattern[str], text: str) -> bool:
+    """Whether the expression occurs."""
+    return pattern.search(text) is not None
 
 
 def _pair(window: Window, concept: int, clean: int) -> LivePair:

@@ -8,10 +8,9 @@ with ``s_i`` the score of rollout ``i`` and ``z_i = (s_i - mean_group s) / max(s
 
 Deviations from the paper, all on purpose:
 
-1. **Position.** The paper names the prompt's last token, which all rollouts of a group share: every ``z_i`` would be 0. Scores are read
-   on the
-   completion: its mean state (default), or its last token. The last token is mostly the end token, whose state need not tell completions
-   apart, and is anything at all where a completion was cut off; the mean is defined alike for both.
+1. **Position.** The paper names the prompt's last token, which all rollouts of a group share: every ``z_i`` would be 0. Scores are read on
+   the completion: its mean state (default), or its last token, which is an end token in some completions and, where one was cut off at
+   the length limit, any token at all; the mean is defined alike for both. On leetcode-mini both separate all held-out pairs.
 2. **Standardisation.** The floor is absolute, so scores need a scale: ``s = (h . d - m_clean) / (m_concept - m_clean)`` makes the fitted
    pairs' clean mean 0 and their concept mean 1. The floor of 0.1 is then a tenth of the distance between the two.
 3. **Pairs.** Same-prompt pairs of the task at hand, not sentences of a general domain; one layer, not an average over a band.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -224,11 +225,12 @@ def test_logged_numbers_equal_a_computation_by_hand() -> None:
     assert logged["projection/x/skipped_steps"] == 0.0
 
 
-def test_non_finite_step_is_skipped_whole_and_counted() -> None:
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_non_finite_step_is_skipped_whole_and_counted(clip: float | None) -> None:
     recorder = Recorder()
     callback = GradientProjectionCallback(classifier_direction())
     module = Classifier(optimizer="adam", poison=1)
-    trainer = trainer_of(recorder, callback)
+    trainer = trainer_of(recorder, callback, gradient_clip_val=clip)
     trainer.fit(module, batches())
     assert callback.skipped_steps == 1
     assert float(trainer.callback_metrics["projection/projection/skipped_steps"]) == 1.0
@@ -565,6 +567,8 @@ def test_detector_is_an_expression_or_the_path_of_a_callable() -> None:
     assert text_detector("keyword.iskeyword")("def")
     with pytest.raises(ValueError, match="cannot be imported"):
         text_detector("no_such_package.detector")
+    source = pickle.loads(pickle.dumps(live()))  # as a spawning strategy would send it
+    assert source._flagged("cheat")
     with pytest.raises(ValueError, match="not a regular expression"):
         text_detector("def (")
 
