@@ -54,7 +54,9 @@ def rates(sums: dict[str, tuple[float, float]]) -> dict[str, float]:
     return named | {"n": sums["pass"][1]}
 
 
-def completion_row(problem: str, slot: int, sample: int, prompt: str, completion: str, finish: str, tokens: int, grade: Grade) -> dict[str, Any]:
+def completion_row(
+    problem: str, slot: int, sample: int, prompt: str, completion: str, finish: str, tokens: int, grade: Grade
+) -> dict[str, Any]:
     """One row of a completions table."""
     return {
         "slot": slot,

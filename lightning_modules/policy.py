@@ -37,7 +37,9 @@ def load_policy(policy: str | dict[str, Any], revision: str | None, dtype: str, 
         raise ValueError(f"model.dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
     if isinstance(policy, str):
         if policy.startswith((".", "/")) and not (Path(policy) / "config.json").is_file():
-            raise ValueError(f"model.policy names the folder {policy!r}, which holds no config.json; export a policy there or give a hub id.")
+            raise ValueError(
+                f"model.policy names the folder {policy!r}, which holds no config.json; export a policy there or give a hub id."
+            )
         model = AutoModelForCausalLM.from_pretrained(policy, revision=revision, dtype=DTYPES[dtype])
         return model.train()
     fields = dict(policy)
@@ -60,7 +62,13 @@ def load_tokenizer(tokenizer: str, revision: str | None) -> PreTrainedTokenizerB
 
 
 def add_lora(model: nn.Module, settings: dict[str, Any], seed: int) -> nn.Module:
-    """Wrap a model in a LoRA adapter; ``settings`` are fields of ``peft.LoraConfig``. Dropout defaults to 0: with it, importance ratios are noise."""
+    """Wrap a model in a LoRA adapter.
+
+    Args:
+        model: The base model.
+        settings: Fields of ``peft.LoraConfig``. Dropout defaults to 0: with it, importance ratios are noise.
+        seed: Seed of the adapter's initialisation; the global generator is left as it was.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "adapter initialisation"))
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **({"lora_dropout": 0.0} | settings)))  # pyright: ignore[reportArgumentType]

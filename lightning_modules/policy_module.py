@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -21,9 +22,9 @@ from theodolite.protocols import Chat, Environment, TokenSequence
 from theodolite.seeds import derive_seed, run_seed
 
 from .evaluation import add_sums, completion_row, outcome_sums, rates, write_completions
-from .rollouts import HFRollout, RolloutEngine, Sample, Sampling
 from .policy import add_lora, freeze_all_but, load_policy, load_tokenizer
-from .scoring import completion_log_probs, completion_states, pad_sequences
+from .rollouts import HFRollout, RolloutEngine, Sample, Sampling
+from .scoring import completion_log_probs, completion_states, pad_sequences, shared_prefix_log_probs, supports_shared_prefix
 from .tokenizer import train_bpe_tokenizer
 
 
@@ -55,6 +56,8 @@ class PolicyModule(L.LightningModule):
         eval_temperature: Temperature in evaluation; null = ``temperature``.
         eval_samples: Completions per held-out problem.
         micro_batch_size: Sequences per forward pass on one rank; null = all of a step's at once.
+        shared_prefix: Score completions with every distinct prompt of a microbatch computed once. Exact; a model whose cache cannot be
+            shared (sliding windows, recurrent layers) takes the padded path, which is said at start.
         export: Save the trained policy as a plain ``transformers`` (or PEFT) folder ``policy/`` in the run directory.
     """
 
@@ -82,16 +85,21 @@ class PolicyModule(L.LightningModule):
         eval_temperature: float | None = None,
         eval_samples: int = 1,
         micro_batch_size: int | None = None,
+        shared_prefix: bool = True,
         export: bool = True,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         if isinstance(policy, dict) and tokenizer is None and train_tokenizer is None:
-            raise ValueError("model.policy is a config without weights, so model.tokenizer or model.train_tokenizer must say how text is encoded.")
+            raise ValueError(
+                "model.policy is a config without weights, so model.tokenizer or model.train_tokenizer must say how text is encoded."
+            )
         if schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"model.schedule is {schedule!r}; choose constant, linear or cosine.")
         if lora is not None and trainable is not None:
-            raise ValueError("model.lora and model.trainable exclude one another; with an adapter, choose its modules with lora.target_modules.")
+            raise ValueError(
+                "model.lora and model.trainable exclude one another; with an adapter, choose its modules with lora.target_modules."
+            )
         unknown = sorted(set(lora or {}) - set(LoraConfig.__dataclass_fields__))
         if unknown:
             raise ValueError(f"model.lora has the unknown key {unknown[0]!r}; the fields of peft.LoraConfig are valid, e.g. r, lora_alpha.")
@@ -103,6 +111,7 @@ class PolicyModule(L.LightningModule):
         self.sampling = Sampling(max_new_tokens, temperature, top_p, top_k)
         self.eval_sampling = Sampling(max_new_tokens, temperature if eval_temperature is None else eval_temperature, top_p, top_k)
         self.eval_samples, self.micro_batch_size, self.export = eval_samples, micro_batch_size, export
+        self.shared_prefix = shared_prefix
         self.engine: RolloutEngine = HFRollout()
         self.model: nn.Module | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -123,6 +132,9 @@ class PolicyModule(L.LightningModule):
                 self.model = add_lora(self.model, self.lora, self.run_seed)
             elif self.trainable is not None:
                 freeze_all_but(self.model, self.trainable)
+            if self.shared_prefix and not supports_shared_prefix(self.causal_lm):
+                rank_zero_info("shared_prefix: this model's cache cannot be shared between completions, the padded path is used.")
+                self.shared_prefix = False
         self.engine.setup(self.causal_lm, self.end_ids, self.pad_id)
 
     def _build_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -152,10 +164,9 @@ class PolicyModule(L.LightningModule):
     @property
     def end_ids(self) -> list[int]:
         """Ids that end a completion: the tokenizer's end token and whatever the model's generation config adds."""
-        ids = {self.tokenizer.eos_token_id}
         extra = getattr(getattr(self.causal_lm, "generation_config", None), "eos_token_id", None)
-        ids |= set(extra) if isinstance(extra, list) else {extra}
-        return sorted(cast(int, i) for i in ids if i is not None and cast(int, i) < len(self.tokenizer))
+        candidates = [self.tokenizer.eos_token_id, *(extra if isinstance(extra, list) else [extra])]
+        return sorted({i for i in candidates if isinstance(i, int) and i < len(self.tokenizer)})
 
     @property
     def pad_id(self) -> int:
@@ -170,7 +181,9 @@ class PolicyModule(L.LightningModule):
         """The datamodule's environment. Raises ``TypeError`` where it offers none."""
         environment = getattr(self._datamodule(), "environment", None)
         if not isinstance(environment, Environment):
-            raise TypeError(f"{type(self._datamodule()).__name__} offers no environment that grades completions; use a datamodule that does.")
+            raise TypeError(
+                f"{type(self._datamodule()).__name__} offers no environment that grades completions; use a datamodule that does."
+            )
         return environment
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -207,7 +220,9 @@ class PolicyModule(L.LightningModule):
         if isinstance(prompt, str):
             return prompt
         if self.tokenizer.chat_template is None:
-            raise ValueError("The prompts are chat messages but the tokenizer has no chat template; use an instruction-tuned policy's tokenizer.")
+            raise ValueError(
+                "The prompts are chat messages but the tokenizer has no chat template; use an instruction-tuned policy's tokenizer."
+            )
         return cast(str, self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, enable_thinking=False))
 
     def encode(self, prompt: str | Chat, completion: str) -> TokenSequence:
@@ -217,8 +232,13 @@ class PolicyModule(L.LightningModule):
 
     def completion_log_probs(self, sequences: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
         """Differentiable log-probabilities at the training temperature and their mask, both (B, T)."""
+        return self._log_probs(self.causal_lm, sequences)
+
+    def _log_probs(self, model: nn.Module, sequences: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
+        if self.shared_prefix:
+            return shared_prefix_log_probs(model, sequences, self.pad_id, self.device, self.sampling.temperature)
         batch = pad_sequences(sequences, self.pad_id, self.device)
-        return completion_log_probs(self.causal_lm, batch, self.sampling.temperature), batch.mask
+        return completion_log_probs(model, batch, self.sampling.temperature), batch.mask
 
     def completion_states(self, sequences: Sequence[TokenSequence], layer: int) -> tuple[Tensor, Tensor]:
         """States after decoder layer ``layer`` (B, T, d) and the completion mask (B, T), without gradient."""
@@ -231,7 +251,9 @@ class PolicyModule(L.LightningModule):
         """Position in the global batch of this rank's ``index``-th row."""
         return self.global_rank + index * self.trainer.world_size
 
-    def sample(self, rows: Sequence[Any], n: int, sampling: Sampling, *purpose: int | str) -> tuple[list[tuple[int, ...]], list[list[Sample]]]:
+    def sample(
+        self, rows: Sequence[Any], n: int, sampling: Sampling, *purpose: int | str
+    ) -> tuple[list[tuple[int, ...]], list[list[Sample]]]:
         """Prompt ids and ``n`` completions per row; seeds are a function of (run seed, purpose, problem, sample)."""
         prompts = [self.encode_prompt(row.prompt) for row in rows]
         seeds = [[derive_seed(self.run_seed, *purpose, row.id, i) for i in range(n)] for row in rows]

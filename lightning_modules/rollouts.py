@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -158,7 +159,7 @@ class HFRollout:
             for row in range(sum(counts))
         ]
         bounds = np.cumsum([0, *counts])
-        return [flat[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [flat[a:b] for a, b in itertools.pairwise(bounds)]
 
     def _loop(
         self, prompts: Sequence[Sequence[int]], counts: list[int], sampling: Sampling, uniforms: Tensor, device: torch.device

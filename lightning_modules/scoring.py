@@ -1,7 +1,7 @@
-"""Log-probabilities and hidden states of given token sequences: the padded path.
+"""Log-probabilities and hidden states of given token sequences, by two paths that agree.
 
-Prompts are padded on the left and completions on the right, so that the boundary lies in one column and the language-model head runs on
-completion positions only.
+The padded path pads prompts on the left and completions on the right, so that the boundary lies in one column and the language-model head
+runs on completion positions only. The shared-prefix path computes every distinct prompt once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from theodolite.protocols import TokenSequence
 
@@ -120,3 +122,65 @@ def completion_states(model: nn.Module, batch: PaddedBatch, layer: int) -> Tenso
     if not 0 <= layer < len(states):
         raise ValueError(f"The model has {len(states) - 1} layers; there are no states after layer {layer}.")
     return states[layer][:, -batch.completion_ids.shape[1] :].float()
+
+
+def supports_shared_prefix(model: nn.Module) -> bool:
+    """Whether every layer's cache holds all keys and values, so that a prompt's cache can be shared without changing anything.
+
+    Sliding windows, recurrent states and gradient checkpointing (which switches the cache off) need the padded path.
+    """
+    layers = DynamicCache(config=getattr(model, "config", None)).layers
+    return all(type(layer) is DynamicLayer for layer in layers) and not getattr(model, "is_gradient_checkpointing", False)
+
+
+def shared_prefix_log_probs(
+    model: nn.Module, sequences: Sequence[TokenSequence], pad_id: int, device: torch.device | str, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """As :func:`completion_log_probs`, with every distinct prompt computed once.
+
+    Prompts run first and leave their keys and values in a differentiable cache; completions attend to it. For groups of G rollouts with
+    prompts of P and completions of T tokens that is P + G T tokens instead of G (P + T). Values and gradients are those of the padded
+    path up to float noise.
+
+    Args:
+        model: A causal language model whose cache holds full keys and values in every layer; see :func:`supports_shared_prefix`.
+        sequences: B sequences, in any order; equal prompts are found by their ids.
+        pad_id: Id that fills the padding.
+        device: Where the model is.
+        temperature: Divides the logits.
+
+    Returns:
+        (B, T) log-probabilities, 0 on padding, and the (B, T) mask.
+    """
+    prompts = {sequence.prompt_ids: None for sequence in sequences}
+    rows = {prompt: row for row, prompt in enumerate(prompts)}
+    index = torch.tensor([rows[sequence.prompt_ids] for sequence in sequences], device=device)
+    prompt_batch = pad_sequences([TokenSequence(prompt, ()) for prompt in prompts], pad_id, device)
+    length = prompt_batch.input_ids.shape[1] - 1  # pad_sequences leaves one column for an empty completion
+    attention = prompt_batch.attention_mask[:, :length]
+    prefix = model(
+        input_ids=prompt_batch.input_ids[:, :length],
+        attention_mask=attention,
+        position_ids=prompt_batch.position_ids[:, :length],
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    first = prefix.logits[index, -1:]
+    batch = pad_sequences(sequences, pad_id, device)
+    ids, mask = batch.completion_ids, batch.mask
+    if ids.shape[1] == 1:
+        logits = first
+    else:
+        cache = prefix.past_key_values
+        cache.batch_select_indices(index)
+        starts = attention.sum(dim=1)[index]
+        steps = torch.arange(ids.shape[1] - 1, device=device)
+        rest = model(
+            input_ids=ids[:, :-1],
+            attention_mask=torch.cat([attention[index], mask[:, :-1].to(attention)], dim=1),
+            position_ids=starts[:, None] + steps,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        logits = torch.cat([first, rest], dim=1)
+    return torch.where(mask.bool(), selected_log_probs(logits, ids, temperature), 0.0), mask

@@ -35,7 +35,6 @@ from theodolite.protocols import Grade, Reward, Rollout, TokenSequence, Verdict,
 
 from ..evaluation import add_sums, outcome_sums
 from ..policy_module import PolicyModule
-from ..scoring import completion_log_probs, pad_sequences
 from .hooks import call_window_hook, oracle_users
 
 Sums = dict[str, tuple[float, float]]
@@ -93,7 +92,9 @@ class GRPOModule(PolicyModule):
         """Split the global batch, and keep the reference policy if one is needed."""
         prompts = getattr(self._datamodule(), "global_batch_size", None)
         if not isinstance(prompts, int):
-            raise TypeError(f"{type(self._datamodule()).__name__} does not say global_batch_size; GRPO needs the global number of prompts per step.")
+            raise TypeError(
+                f"{type(self._datamodule()).__name__} does not say global_batch_size; GRPO needs the global number of prompts per step."
+            )
         self.batch_arithmetic = split_batch(prompts, self.trainer.world_size, self.group_size, self.micro_batch_size)
         self._check_ranks()
         users = oracle_users(cast(Any, self.trainer).callbacks)
@@ -105,7 +106,9 @@ class GRPOModule(PolicyModule):
     def _check_ranks(self) -> None:
         strategy = self.trainer.strategy
         if isinstance(strategy, ParallelStrategy) and type(strategy).__name__ not in ("DDPStrategy", "SingleDeviceStrategy"):
-            raise ValueError(f"GRPO runs on a single device or with strategy ddp; {type(strategy).__name__} shards what the sampler decodes with.")
+            raise ValueError(
+                f"GRPO runs on a single device or with strategy ddp; {type(strategy).__name__} shards what the sampler decodes with."
+            )
 
     # ------------------------------------------------------------------ one window
 
@@ -118,7 +121,8 @@ class GRPOModule(PolicyModule):
             window.advantages = self.global_advantages(window.values)
         self._hook("on_advantages", window, verdicts)
         totals = self.totals(window)
-        microbatches = self.microbatches(window)
+        repeats = self.merge_repeats(window)
+        microbatches = self.microbatches(window, repeats)
         with self.timed("scoring"):
             anchors = self.anchor_log_probs(window, microbatches)
         sums: list[Sums] = [self.rollout_sums(window, verdicts), window.metrics]
@@ -126,7 +130,7 @@ class GRPOModule(PolicyModule):
         for _ in range(self.updates_per_window):
             optimizer.zero_grad()
             with self.timed("gradients"):
-                sums.append(self.accumulate(window, microbatches, totals, anchors, verdicts))
+                sums.append(self.accumulate(window, microbatches, totals, repeats, anchors, verdicts))
                 sum_gradients(self.trainable_parameters())
             with self.timed("update"):
                 optimizer.step()
@@ -177,17 +181,39 @@ class GRPOModule(PolicyModule):
         counts = torch.tensor(gather_objects((sum(lengths), sum(n > 0 for n in lengths), len(lengths)))).sum(dim=0).tolist()
         return WindowTotals(*counts, max_length=self.sampling.max_new_tokens)
 
-    def microbatches(self, window: Window) -> list[list[int]]:
+    def merge_repeats(self, window: Window) -> Tensor:
+        """How often each rollout stands for itself and its identical siblings; 0 for those that another stands for.
+
+        On policy the ratio is 1 and the loss is linear in the advantage, so identical completions of a prompt are computed once, with
+        their mean advantage and their number as weight: exactly the same gradient. With several updates per window the clip is not linear
+        and nothing is merged. ``window.advantages`` becomes the mean over siblings.
+        """
+        repeats = torch.ones(len(window.rollouts), dtype=torch.float64)
+        if self.updates_per_window > 1:
+            return repeats
+        siblings: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        for i, (rollout, value) in enumerate(zip(window.rollouts, window.values.tolist(), strict=True)):
+            if value == value:
+                siblings.setdefault((rollout.slot, rollout.tokens.completion_ids), []).append(i)
+        window.advantages = window.advantages.clone()
+        for indices in siblings.values():
+            window.advantages[indices] = window.advantages[indices].mean()
+            repeats[indices] = 0.0
+            repeats[indices[0]] = len(indices)
+        return repeats
+
+    def microbatches(self, window: Window, repeats: Tensor) -> list[list[int]]:
         """Indices of this rank's rollouts that carry a gradient, sorted by length and cut into microbatches.
 
-        A rollout with advantage 0 contributes exactly nothing when there is no KL term, so it is left out (the denominators still count it).
+        Without a KL term a rollout with advantage 0 contributes exactly nothing and is left out (the denominators still count it).
         """
         active = [
             i
-            for i, (rollout, value, advantage) in enumerate(
-                zip(window.rollouts, window.values.tolist(), window.advantages.tolist(), strict=True)
-            )
-            if value == value and rollout.tokens.completion_ids and (advantage != 0 or self.beta > 0)
+            for i, rollout in enumerate(window.rollouts)
+            if rollout.tokens.completion_ids
+            and repeats[i] > 0
+            and not window.values[i].isnan()
+            and (window.advantages[i] != 0 or self.beta > 0)
         ]
         active.sort(key=lambda i: (-len(window.rollouts[i].tokens.completion_ids), i))
         size = self.micro_batch_size or max(1, len(active))
@@ -195,7 +221,7 @@ class GRPOModule(PolicyModule):
 
     @torch.no_grad()
     def anchor_log_probs(self, window: Window, microbatches: Sequence[Sequence[int]]) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Per microbatch: log-probabilities under the policy before the first update (None when on policy) and the reference (None at beta 0)."""
+        """Per microbatch: log-probabilities before the first update (None when on policy) and of the reference (None at beta 0)."""
         anchors: list[tuple[Tensor | None, Tensor | None]] = []
         for indices in microbatches:
             sequences = [window.rollouts[i].tokens for i in indices]
@@ -207,11 +233,10 @@ class GRPOModule(PolicyModule):
     @torch.no_grad()
     def reference_log_probs(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """(B, T) log-probabilities under the reference policy: the adapter switched off, or the frozen copy."""
-        batch = pad_sequences(sequences, self.pad_id, self.device)
         if self.lora is not None:
             with cast(Any, self.causal_lm).disable_adapter():
-                return completion_log_probs(self.causal_lm, batch, self.sampling.temperature)
-        return completion_log_probs(self._reference[0].to(self.device), batch, self.sampling.temperature)
+                return self._log_probs(self.causal_lm, sequences)[0]
+        return self._log_probs(self._reference[0].to(self.device), sequences)[0]
 
     # ------------------------------------------------------------------ gradients
 
@@ -220,6 +245,7 @@ class GRPOModule(PolicyModule):
         window: Window,
         microbatches: Sequence[Sequence[int]],
         totals: WindowTotals,
+        repeats: Tensor | None = None,
         anchors: Sequence[tuple[Tensor | None, Tensor | None]] | None = None,
         verdicts: Sequence[Verdict] = (),
     ) -> Sums:
@@ -229,6 +255,7 @@ class GRPOModule(PolicyModule):
             window: Rollouts with advantages.
             microbatches: Lists of rollout indices, in any split.
             totals: Global denominators.
+            repeats: (n,) weight of each rollout, as :meth:`merge_repeats` returns it; None = 1 each.
             anchors: As :meth:`anchor_log_probs` returns them; None = on policy, no reference.
             verdicts: Passed on to callbacks that use the oracle.
 
@@ -238,7 +265,8 @@ class GRPOModule(PolicyModule):
         sums: list[Sums] = [{"loss": (0.0, 0.0)}]
         for k, indices in enumerate(microbatches):
             old, reference = anchors[k] if anchors is not None else (None, None)
-            loss, part = self.microbatch_loss(window, indices, totals, old, reference)
+            weights = None if repeats is None else repeats[list(indices)]
+            loss, part = self.microbatch_loss(window, indices, totals, weights, old, reference)
             with self._without_gradient_sync():
                 self.manual_backward(loss)
             sums.append(part)
@@ -246,26 +274,33 @@ class GRPOModule(PolicyModule):
         return add_sums(sums)
 
     def microbatch_loss(
-        self, window: Window, indices: Sequence[int], totals: WindowTotals, old: Tensor | None, reference: Tensor | None
+        self,
+        window: Window,
+        indices: Sequence[int],
+        totals: WindowTotals,
+        repeats: Tensor | None,
+        old: Tensor | None,
+        reference: Tensor | None,
     ) -> tuple[Tensor, Sums]:
-        """This microbatch's share of the window's loss, and statistics."""
+        """This microbatch's share of the window's loss, and token-weighted statistics."""
         rollouts = [window.rollouts[i] for i in indices]
         log_probs, mask = self.completion_log_probs([rollout.tokens for rollout in rollouts])
         advantages = window.advantages[list(indices)].to(log_probs)[:, None]
         difference = log_ratio(log_probs, log_probs.detach() if old is None else old, mask)
         ratio = difference.exp()
         token_loss = clipped_surrogate(ratio, advantages, self.clip_low, self.clip_high)
+        weights = mask if repeats is None else mask * repeats.to(mask)[:, None]
         sampler = _pad_rows([rollout.sampler_log_probs for rollout in rollouts], log_probs)
-        tokens = float(mask.sum())
-        gap = (torch.where(mask.bool(), log_probs.detach() - sampler, 0.0)).abs().sum()
+        gap = torch.where(mask.bool(), log_probs.detach() - sampler, 0.0).abs()
         clipped = ((ratio < 1 - self.clip_low) & (advantages < 0)) | ((ratio > 1 + self.clip_high) & (advantages > 0))
-        sums: Sums = {"sampler_gap": (float(gap), tokens), "clip_fraction": (float((clipped * mask).sum()), tokens)}
+        statistics = {"sampler_gap": gap, "clip_fraction": clipped.float()}
         if reference is not None:
-            penalty = kl_penalty(log_probs, reference, ratio, mask, cast(Any, self.kl_estimator))
-            token_loss = token_loss + self.beta * penalty
-            k3 = kl_penalty(log_probs.detach(), reference, ratio, mask, "k3")
-            sums["kl"] = (float((k3 * mask).sum()), tokens)
-        loss = (token_weights(mask, cast(Any, self.aggregation), totals) * token_loss).sum()
+            token_loss = token_loss + self.beta * kl_penalty(log_probs, reference, ratio, mask, cast(Any, self.kl_estimator))
+            statistics["kl"] = kl_penalty(log_probs.detach(), reference, ratio, mask, "k3")
+        per_rollout = 1.0 if repeats is None else repeats.to(mask)[:, None]
+        loss = (token_weights(mask, cast(Any, self.aggregation), totals) * per_rollout * token_loss).sum()
+        tokens = float(weights.sum())
+        sums: Sums = {name: (float((value * weights).sum()), tokens) for name, value in statistics.items()}
         return loss, sums | {"loss": (float(loss.detach()), 0.0)}
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:

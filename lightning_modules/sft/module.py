@@ -44,7 +44,9 @@ class SFTModule(PolicyModule):
         if prompt_weight < 0:
             raise ValueError(f"model.prompt_weight is {prompt_weight}; it must not be negative.")
         if self.micro_batch_size is not None:
-            raise ValueError("SFT takes a whole batch per forward pass; use trainer.accumulate_grad_batches and a smaller data.global_batch_size.")
+            raise ValueError(
+                "SFT takes a whole batch per forward pass; use trainer.accumulate_grad_batches and a smaller data.global_batch_size."
+            )
         self.prompt_weight = prompt_weight
         self.batch_arithmetic: BatchArithmetic | None = None
         self._encoded: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
@@ -53,7 +55,9 @@ class SFTModule(PolicyModule):
         """Split the global batch over ranks."""
         size = getattr(self._datamodule(), "global_batch_size", None)
         if not isinstance(size, int):
-            raise TypeError(f"{type(self._datamodule()).__name__} does not say global_batch_size; SFT needs the global number of examples per step.")
+            raise TypeError(
+                f"{type(self._datamodule()).__name__} does not say global_batch_size; SFT needs the global number of examples per step."
+            )
         self.batch_arithmetic = split_batch(size, self.trainer.world_size)
         rank_zero_info(f"training {sum(p.numel() for p in self.trainable_parameters()):,} parameters")
 
