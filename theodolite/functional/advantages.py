@@ -38,10 +38,14 @@ def group_advantages(values: Tensor, group_size: int, scale: AdvantageScale = "g
         (n,) advantages in float64. A group whose rewards are all equal (up to 1e-8), or with fewer than two scorable samples, gets 0.
 
     Raises:
-        ValueError: If ``group_size`` does not divide n.
+        ValueError: If ``group_size`` is below 2 or does not divide n, or a reward is infinite.
     """
+    if group_size < 2:
+        raise ValueError(f"A group of {group_size} has no relative advantage; use a group_size of at least 2.")
     if values.ndim != 1 or values.numel() % group_size:
         raise ValueError(f"{tuple(values.shape)} rewards do not form groups of {group_size}.")
+    if values.isinf().any():
+        raise ValueError("A reward is infinite, which no mean survives; give a finite number, or NaN where a sample could not be scored.")
     groups = values.to(torch.float64).view(-1, group_size)
     scorable = ~groups.isnan()
     mean = groups.nanmean(dim=1, keepdim=True)
