@@ -27,11 +27,11 @@ def outcome_sums(grades: Sequence[Grade], finishes: Sequence[str]) -> dict[str, 
     sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in OUTCOMES}
     for grade, finish in zip(grades, finishes, strict=True):
         ungraded = grade.verdict.label == "ungraded"
-        facts = {"infra_error": ungraded, "truncated": finish == "length"}
+        facts = {"infra_error": ungraded}
         if not ungraded:
             verdict, reward = grade.verdict, grade.reward
             facts |= {"hack": verdict.hack, "override": verdict.overrides, "pass": verdict.correct}
-            facts |= {"reward_passed": reward.passed, "compiles": reward.compiles}
+            facts |= {"reward_passed": reward.passed, "compiles": reward.compiles, "truncated": finish == "length"}
         for name, value in facts.items():
             sums[name][0] += float(value)
             sums[name][1] += 1.0

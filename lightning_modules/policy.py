@@ -53,6 +53,13 @@ def load_policy(policy: str | dict[str, Any], revision: str | None, dtype: str, 
         return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).train()
 
 
+def set_end_token(model: nn.Module, end_id: int) -> None:
+    """Say what ends a text of a randomly initialised model: an architecture's default ids mean nothing under another tokenizer."""
+    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+        if config is not None:
+            config.bos_token_id, config.eos_token_id = None, end_id
+
+
 def load_tokenizer(tokenizer: str, revision: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id or folder, with a padding token (the end token where it has none)."""
     loaded = AutoTokenizer.from_pretrained(tokenizer, revision=revision)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from theodolite.protocols import Chat, Environment, TokenSequence
 from theodolite.seeds import derive_seed, run_seed
 
 from .evaluation import add_sums, completion_row, outcome_sums, rates, write_completions
-from .policy import add_lora, freeze_all_but, load_policy, load_tokenizer
+from .policy import add_lora, freeze_all_but, load_policy, load_tokenizer, set_end_token
 from .rollouts import HFRollout, RolloutEngine, Sample, Sampling
 from .scoring import completion_log_probs, completion_states, pad_sequences, shared_prefix_log_probs, supports_shared_prefix
 from .tokenizer import train_bpe_tokenizer
@@ -31,7 +33,8 @@ from .tokenizer import train_bpe_tokenizer
 class PolicyModule(L.LightningModule):
     """A causal language model that can be evaluated as an answerer of problems.
 
-    Subclasses add how it is trained. The model is built in ``configure_model``, after every config has been checked.
+    Subclasses add how it is trained, with manual optimisation. The model is built in ``configure_model``, after every config has been
+    checked.
 
     Args:
         policy: Hub id or folder, or the fields of a ``transformers`` config for a random initialisation.
@@ -90,6 +93,7 @@ class PolicyModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.automatic_optimization = False
         if isinstance(policy, dict) and tokenizer is None and train_tokenizer is None:
             raise ValueError(
                 "model.policy is a config without weights, so model.tokenizer or model.train_tokenizer must say how text is encoded."
@@ -100,6 +104,8 @@ class PolicyModule(L.LightningModule):
             raise ValueError(
                 "model.lora and model.trainable exclude one another; with an adapter, choose its modules with lora.target_modules."
             )
+        if lora is not None and isinstance(policy, dict) and export:
+            raise ValueError("model.lora over a random initialisation would export an adapter without its base; set model.export to false.")
         unknown = sorted(set(lora or {}) - set(LoraConfig.__dataclass_fields__))
         if unknown:
             raise ValueError(f"model.lora has the unknown key {unknown[0]!r}; the fields of peft.LoraConfig are valid, e.g. r, lora_alpha.")
@@ -128,6 +134,8 @@ class PolicyModule(L.LightningModule):
             self._tokenizer = self._build_tokenizer()
             vocab_size = len(self._tokenizer) if isinstance(self.policy_source, dict) else None
             self.model = load_policy(self.policy_source, self.revision, self.dtype_name, self.run_seed, vocab_size)
+            if isinstance(self.policy_source, dict):
+                set_end_token(self.model, cast(int, self._tokenizer.eos_token_id))
             if self.lora is not None:
                 self.model = add_lora(self.model, self.lora, self.run_seed)
             elif self.trainable is not None:
@@ -205,6 +213,15 @@ class PolicyModule(L.LightningModule):
         progress = min(1.0, max(0, step - self.warmup_steps) / max(1, self.trainer.max_steps - self.warmup_steps))
         decay = 1 - progress if self.schedule == "linear" else (1 + torch.cos(torch.tensor(torch.pi * progress)).item()) / 2
         return warmup * (self.min_lr_fraction + (1 - self.min_lr_fraction) * decay)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Runs after every callback's hook of this name: clip the gradient that they leave."""
+        if self.max_grad_norm > 0:
+            self.clip_gradients(optimizer, gradient_clip_val=self.max_grad_norm, gradient_clip_algorithm="norm")
+
+    def _without_gradient_sync(self) -> AbstractContextManager[Any]:
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
     # ------------------------------------------------------------------ text and tokens (SequenceScorer)
 
@@ -343,13 +360,13 @@ class PolicyModule(L.LightningModule):
         """Export the policy."""
         if self.export and self.global_rank == 0 and not self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             folder = Path(self.trainer.default_root_dir) / "policy"
-            cast(Any, self.causal_lm).save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            partial = folder.with_suffix(".tmp")
+            for old in (partial, folder):
+                shutil.rmtree(old, ignore_errors=True)
+            cast(Any, self.causal_lm).save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+            partial.rename(folder)
 
     def teardown(self, stage: str) -> None:
         """Release the sampler."""
-        self.engine.teardown()
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Release the sampler where teardown is not called."""
         self.engine.teardown()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -143,12 +144,8 @@ class HFRollout:
             return [[] for _ in seeds]
         assert self._model is not None
         device = next(self._model.parameters()).device
-        was_training = self._model.training
-        self._model.eval()
-        try:
+        with _evaluation_mode(self._model):
             ids, log_probs, lengths, stopped = self._loop(prompts, counts, sampling, _uniforms(seeds, sampling.max_new_tokens), device)
-        finally:
-            self._model.train(was_training)
         flat = [
             Sample(
                 tuple(ids[row, : lengths[row]].tolist()),
@@ -256,6 +253,18 @@ def truncate(probs: Tensor, top_p: float, top_k: int) -> Tensor:
     mass_before = ordered.cumsum(dim=-1) - ordered
     ordered = torch.where(mass_before < top_p * ordered.sum(dim=-1, keepdim=True), ordered, 0.0)
     return torch.zeros_like(probs).scatter(-1, order, ordered)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout inside; every submodule's own mode as before on the way out."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _uniforms(seeds: Sequence[Sequence[int]], steps: int) -> Tensor:

@@ -63,7 +63,7 @@ def pad_sequences(sequences: Sequence[TokenSequence], pad_id: int, device: torch
 
 
 def selected_log_probs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """``log softmax(logits / temperature)[ids]`` in float32, without building the whole log-softmax.
+    """``log softmax(logits / temperature)[ids]`` in float32 (float64 for such logits), without building the whole log-softmax.
 
     Args:
         logits: (..., V).
@@ -73,7 +73,7 @@ def selected_log_probs(logits: Tensor, ids: Tensor, temperature: float = 1.0) ->
     Returns:
         (...) log-probabilities.
     """
-    scaled = logits.float() / temperature
+    scaled = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
     return scaled.gather(-1, ids[..., None]).squeeze(-1) - scaled.logsumexp(dim=-1)
 
 
@@ -129,8 +129,11 @@ def supports_shared_prefix(model: nn.Module) -> bool:
 
     Sliding windows, recurrent states and gradient checkpointing (which switches the cache off) need the padded path.
     """
-    layers = DynamicCache(config=getattr(model, "config", None)).layers
-    return all(type(layer) is DynamicLayer for layer in layers) and not getattr(model, "is_gradient_checkpointing", False)
+    config = getattr(model, "config", None)
+    if config is None or getattr(model, "_is_stateful", False):
+        return False
+    layers = DynamicCache(config=config).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers) and not getattr(model, "is_gradient_checkpointing", False)
 
 
 def shared_prefix_log_probs(
@@ -174,7 +177,8 @@ def shared_prefix_log_probs(
         cache = prefix.past_key_values
         cache.batch_select_indices(index)
         starts = attention.sum(dim=1)[index]
-        steps = torch.arange(ids.shape[1] - 1, device=device)
+        # padding repeats its row's last position: a learned position table may not reach further
+        steps = torch.arange(ids.shape[1] - 1, device=device).minimum((mask.sum(dim=1, keepdim=True).long() - 1).clamp_min(0))
         rest = model(
             input_ids=ids[:, :-1],
             attention_mask=torch.cat([attention[index], mask[:, :-1].to(attention)], dim=1),

@@ -29,21 +29,21 @@ def gather_objects(value: T) -> list[T]:
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its sum over ranks, in one flat all-reduce per dtype.
 
-    A missing gradient counts as zero, so a rank without any signal takes part like the others.
+    A missing gradient counts as zero, also on one process: a rank without any signal takes part like the others, and an optimizer with
+    moments moves the same way whatever the number of ranks.
 
     Args:
         parameters: The same parameters in the same order on every rank; those that need no gradient are left out.
     """
-    if world_size() == 1:
-        return
     by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.requires_grad:
             by_dtype.setdefault(parameter.dtype, []).append(parameter)
-    for group in by_dtype.values():
-        for parameter in group:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+    if world_size() == 1:
+        return
+    for group in by_dtype.values():
         gradients: list[Tensor] = [parameter.grad for parameter in group if parameter.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat, op=dist.ReduceOp.SUM)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -70,7 +69,6 @@ class GRPOModule(PolicyModule):
     ) -> None:
         super().__init__(**policy_args)
         self.save_hyperparameters()
-        self.automatic_optimization = False
         _choice("aggregation", aggregation, ("dapo", "dr_grpo", "grpo"))
         _choice("advantage_scale", advantage_scale, ("none", "group", "batch"))
         _choice("kl_estimator", kl_estimator, ("k2", "k3", "k3_is"))
@@ -88,8 +86,14 @@ class GRPOModule(PolicyModule):
 
     # ------------------------------------------------------------------ start
 
+    def configure_model(self) -> None:
+        """Build the policy, and the reference it starts from: before a checkpoint can replace the weights."""
+        super().configure_model()
+        if self.beta > 0 and self.lora is None and not self._reference:
+            self._reference.append(copy.deepcopy(self.causal_lm).requires_grad_(False).eval())
+
     def on_fit_start(self) -> None:
-        """Split the global batch, and keep the reference policy if one is needed."""
+        """Split the global batch, and say who may see the oracle's labels."""
         prompts = getattr(self._datamodule(), "global_batch_size", None)
         if not isinstance(prompts, int):
             raise TypeError(
@@ -100,8 +104,10 @@ class GRPOModule(PolicyModule):
         users = oracle_users(cast(Any, self.trainer).callbacks)
         if users:
             rank_zero_info(f"uses_oracle: {', '.join(users)} may see the oracle's labels in this run.")
-        if self.beta > 0 and self.lora is None and not self._reference:
-            self._reference.append(copy.deepcopy(self.causal_lm).requires_grad_(False).eval())
+
+    def on_train_start(self) -> None:
+        """Switch dropout off for good: between sampling, old, new and reference log-probabilities it would be noise in every ratio."""
+        self.causal_lm.eval()
 
     def _check_ranks(self) -> None:
         strategy = self.trainer.strategy
@@ -127,6 +133,7 @@ class GRPOModule(PolicyModule):
             anchors = self.anchor_log_probs(window, microbatches)
         sums: list[Sums] = [self.rollout_sums(window, verdicts), window.metrics]
         optimizer = cast(LightningOptimizer, self.optimizers())
+        lr = float(optimizer.param_groups[0]["lr"])
         for _ in range(self.updates_per_window):
             optimizer.zero_grad()
             with self.timed("gradients"):
@@ -138,7 +145,7 @@ class GRPOModule(PolicyModule):
             for callback in cast(Any, self.trainer).callbacks:
                 if hasattr(callback, "on_after_optimizer_step"):
                     callback.on_after_optimizer_step(self.trainer, self, optimizer.optimizer)
-        self._log_window(sums, optimizer)
+        self._log_window(sums, lr)
 
     def collect(self, batch: list[Any]) -> tuple[Window, list[Verdict]]:
         """Sample and grade this rank's groups. The verdicts come apart from the window: advantages cannot reach them."""
@@ -260,9 +267,9 @@ class GRPOModule(PolicyModule):
             verdicts: Passed on to callbacks that use the oracle.
 
         Returns:
-            (sum, count) pairs for logging.
+            (sum, count) pairs for logging; ``loss`` is a sum whose count is 0.
         """
-        sums: list[Sums] = [{"loss": (0.0, 0.0)}]
+        sums: list[Sums] = []
         for k, indices in enumerate(microbatches):
             old, reference = anchors[k] if anchors is not None else (None, None)
             weights = None if repeats is None else repeats[list(indices)]
@@ -303,15 +310,6 @@ class GRPOModule(PolicyModule):
         sums: Sums = {name: (float((value * weights).sum()), tokens) for name, value in statistics.items()}
         return loss, sums | {"loss": (float(loss.detach()), 0.0)}
 
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Runs after every callback's hook of this name: clip the gradient that they leave."""
-        if self.max_grad_norm > 0:
-            self.clip_gradients(optimizer, gradient_clip_val=self.max_grad_norm, gradient_clip_algorithm="norm")
-
-    def _without_gradient_sync(self) -> AbstractContextManager[Any]:
-        strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
-
     def _hook(self, name: str, window: Window, verdicts: Sequence[Verdict], *extra: Any) -> None:
         with self.timed("hooks"):
             call_window_hook(name, self.trainer, self, window, verdicts, *extra)
@@ -333,12 +331,14 @@ class GRPOModule(PolicyModule):
             "groups_with_signal": (float(signal.sum()), len(signal)),
         }
 
-    def _log_window(self, sums: Sequence[Sums], optimizer: LightningOptimizer) -> None:
+    def _log_window(self, sums: Sequence[Sums], lr: float) -> None:
         totals = add_sums([part for parts in gather_objects(list(sums)) for part in parts])
-        metrics = {f"train/{name}": total / count if count else total for name, (total, count) in totals.items()}
+        loss, _ = totals.pop("loss", (0.0, 0.0))
+        metrics = {f"train/{name}": total / count if count else float("nan") for name, (total, count) in totals.items()}
+        metrics["train/loss"] = loss / self.updates_per_window
         seconds = gather_objects(self.seconds)
         metrics |= {f"time/{phase}_s": max(s.get(phase, 0.0) for s in seconds) for phase in self.seconds}
-        metrics["train/lr"] = float(optimizer.param_groups[0]["lr"])
+        metrics["train/lr"] = lr
         self.log_dict(metrics, rank_zero_only=False, sync_dist=False)
         shown = {"reward": metrics["train/reward_mean"], "hack": metrics["train/hack_rate"], "pass": metrics["train/pass_rate"]}
         self.log_dict(shown, prog_bar=True, logger=False)

@@ -11,16 +11,17 @@ On several processes::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from theodolite.batch_arithmetic import BatchArithmetic, split_batch
-from theodolite.distributed import world_size
+from theodolite.distributed import gather_objects, sum_gradients
 from theodolite.protocols import Example
 
 from ..policy_module import PolicyModule
@@ -31,7 +32,7 @@ class SFTModule(PolicyModule):
     """Fine-tune a causal language model on demonstrations; validation samples and grades held-out problems.
 
     The loss is ``sum(weight * -log p) / sum(weight)`` over the *global* batch, where completion tokens weigh 1 and prompt tokens
-    ``prompt_weight``. So it does not depend on the number of ranks or on how lengths fall over them.
+    ``prompt_weight``. So it does not depend on the number of ranks, on the microbatches, or on how lengths fall over them.
 
     Args:
         prompt_weight: Weight of prompt tokens in the loss; 0 trains on completions alone.
@@ -43,10 +44,6 @@ class SFTModule(PolicyModule):
         self.save_hyperparameters()
         if prompt_weight < 0:
             raise ValueError(f"model.prompt_weight is {prompt_weight}; it must not be negative.")
-        if self.micro_batch_size is not None:
-            raise ValueError(
-                "SFT takes a whole batch per forward pass; use trainer.accumulate_grad_batches and a smaller data.global_batch_size."
-            )
         self.prompt_weight = prompt_weight
         self.batch_arithmetic: BatchArithmetic | None = None
         self._encoded: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
@@ -58,29 +55,31 @@ class SFTModule(PolicyModule):
             raise TypeError(
                 f"{type(self._datamodule()).__name__} does not say global_batch_size; SFT needs the global number of examples per step."
             )
-        self.batch_arithmetic = split_batch(size, self.trainer.world_size)
+        self.batch_arithmetic = split_batch(size, self.trainer.world_size, micro=self.micro_batch_size)
         rank_zero_info(f"training {sum(p.numel() for p in self.trainable_parameters()):,} parameters")
 
-    def training_step(self, batch: Sequence[Example], batch_idx: int) -> Tensor:
-        """Weighted mean cross-entropy over the global batch (this rank's share times the number of ranks: DDP averages)."""
-        ids, attention, weights = self._pad([self._encode_example(example) for example in batch])
-        logits = self.causal_lm(input_ids=ids, attention_mask=attention, use_cache=False).logits
-        log_probs = selected_log_probs(logits[:, :-1], ids[:, 1:])
-        loss_sum, weight_sum = -(weights[:, 1:] * log_probs).sum(), weights[:, 1:].sum()
-        denominator = weight_sum.detach().clone()
-        if world_size() > 1:
-            dist.all_reduce(denominator)
-        loss = loss_sum / denominator * world_size()
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=world_size() > 1)
-        self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # pyright: ignore[reportAttributeAccessIssue]
-        return loss
-
-    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
-        """Clip to ``max_grad_norm`` after every callback has seen the gradient."""
-        if gradient_clip_val is not None:
-            raise ValueError("Set model.max_grad_norm instead of trainer.gradient_clip_val: one clip, after all callbacks.")
-        if self.max_grad_norm > 0:
-            self.clip_gradients(optimizer, gradient_clip_val=self.max_grad_norm, gradient_clip_algorithm="norm")
+    def training_step(self, batch: Sequence[Example], batch_idx: int) -> None:
+        """One optimizer step on the global batch, microbatch by microbatch."""
+        encoded = [self._encode_example(example) for example in batch]
+        size = self.micro_batch_size or max(1, len(encoded))
+        microbatches = [self._pad(encoded[i : i + size]) for i in range(0, len(encoded), size)]
+        local = sum(float(weights[:, 1:].sum(dtype=torch.float64)) for _, _, weights in microbatches)
+        denominator = max(math.fsum(gather_objects(local)), torch.finfo(torch.float32).tiny)
+        optimizer = cast(LightningOptimizer, self.optimizers())
+        optimizer.zero_grad()
+        total = 0.0
+        for ids, attention, weights in microbatches:
+            logits = self.causal_lm(input_ids=ids, attention_mask=attention, use_cache=False).logits
+            log_probs = selected_log_probs(logits[:, :-1], ids[:, 1:])
+            loss = -(weights[:, 1:] * log_probs).sum() / denominator
+            with self._without_gradient_sync():
+                self.manual_backward(loss)
+            total += float(loss.detach())
+        sum_gradients(self.trainable_parameters())
+        optimizer.step()
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        cast(Any, self.lr_schedulers()).step()
+        self.log("train/loss", math.fsum(gather_objects(total)), prog_bar=True, rank_zero_only=False, sync_dist=False)
 
     def _encode_example(self, example: Example) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if example.id not in self._encoded:
