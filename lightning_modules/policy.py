@@ -17,7 +17,9 @@ from theodolite.seeds import derive_seed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_policy(policy: str | dict[str, Any], revision: str | None, dtype: str, seed: int, vocab_size: int | None = None) -> nn.Module:
+def load_policy(
+    policy: str | dict[str, Any], revision: str | None, dtype: str, seed: int, vocab_size: int | None = None, end_id: int | None = None
+) -> nn.Module:
     """A causal language model.
 
     Args:
@@ -26,6 +28,7 @@ def load_policy(policy: str | dict[str, Any], revision: str | None, dtype: str, 
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         seed: Seed of a random initialisation; the global generator is left as it was.
         vocab_size: Vocabulary of a random initialisation, where its config does not say.
+        end_id: Its end token likewise: an architecture's default ids mean nothing under another tokenizer.
 
     Returns:
         The model, in train mode.
@@ -47,17 +50,11 @@ def load_policy(policy: str | dict[str, Any], revision: str | None, dtype: str, 
         raise ValueError("model.policy is a config without model_type; name the architecture, for example model_type: qwen3.")
     if vocab_size is not None:
         fields.setdefault("vocab_size", vocab_size)
+    fields = {"bos_token_id": None, "eos_token_id": end_id} | fields
     config = AutoConfig.for_model(**fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "policy initialisation"))
         return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).train()
-
-
-def set_end_token(model: nn.Module, end_id: int) -> None:
-    """Say what ends a text of a randomly initialised model: an architecture's default ids mean nothing under another tokenizer."""
-    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
-        if config is not None:
-            config.bos_token_id, config.eos_token_id = None, end_id
 
 
 def load_tokenizer(tokenizer: str, revision: str | None) -> PreTrainedTokenizerBase:

@@ -24,7 +24,7 @@ from theodolite.protocols import Chat, Environment, TokenSequence
 from theodolite.seeds import derive_seed, run_seed
 
 from .evaluation import add_sums, completion_row, outcome_sums, rates, write_completions
-from .policy import add_lora, freeze_all_but, load_policy, load_tokenizer, set_end_token
+from .policy import add_lora, freeze_all_but, load_policy, load_tokenizer
 from .rollouts import HFRollout, RolloutEngine, Sample, Sampling
 from .scoring import completion_log_probs, completion_states, pad_sequences, shared_prefix_log_probs, supports_shared_prefix
 from .tokenizer import train_bpe_tokenizer
@@ -132,10 +132,8 @@ class PolicyModule(L.LightningModule):
         """Build tokenizer and model once; Lightning calls this before fit, validate and test."""
         if self.model is None:
             self._tokenizer = self._build_tokenizer()
-            vocab_size = len(self._tokenizer) if isinstance(self.policy_source, dict) else None
-            self.model = load_policy(self.policy_source, self.revision, self.dtype_name, self.run_seed, vocab_size)
-            if isinstance(self.policy_source, dict):
-                set_end_token(self.model, cast(int, self._tokenizer.eos_token_id))
+            vocabulary = (len(self._tokenizer), cast(int, self._tokenizer.eos_token_id))
+            self.model = load_policy(self.policy_source, self.revision, self.dtype_name, self.run_seed, *vocabulary)
             if self.lora is not None:
                 self.model = add_lora(self.model, self.lora, self.run_seed)
             elif self.trainable is not None:
