@@ -12,5 +12,6 @@ sleeping before it sees the program. Whatever the caller compares outputs with n
 from .codec import Opaque
 from .jobs import Call, Job, Limits, Outcome, Raised, Status
 from .pool import Sandbox
+from .tiers import Tier, TierReport
 
-__all__ = ["Call", "Job", "Limits", "Opaque", "Outcome", "Raised", "Sandbox", "Status"]
+__all__ = ["Call", "Job", "Limits", "Opaque", "Outcome", "Raised", "Sandbox", "Status", "Tier", "TierReport"]

@@ -9,7 +9,7 @@ key   value                                          key   value
 i     integer of 64 bits or more, hexadecimal        s, f  set, frozenset: list of members
 t     tuple: list of members                         b     bytes, hexadecimal
 d     dict: list of [key, value]                     u     string with lone surrogates: codes
-o     anything else: only the name of its type
+o     anything else: only the name of its type     q     the same, of a class that has its own ``==``
 ====  =============================================  ====  ==================================
 """
 
@@ -31,12 +31,14 @@ class Opaque:
 
     Attributes:
         type_name: Name of the type, as the untrusted side gave it.
+        own_equality: The untrusted side says that the program wrote the type's ``__eq__`` (not a dataclass's).
     """
 
-    __slots__ = ("type_name",)
+    __slots__ = ("own_equality", "type_name")
 
-    def __init__(self, type_name: str) -> None:
+    def __init__(self, type_name: str, own_equality: bool = False) -> None:
         self.type_name = type_name
+        self.own_equality = own_equality
 
     def __repr__(self) -> str:
         return f"Opaque({self.type_name!r})"
@@ -67,8 +69,13 @@ def to_wire(value: Any, depth: int = 0) -> Any:
         return {"d": [[to_wire(k, depth + 1), to_wire(v, depth + 1)] for k, v in value.items()]}
     tag = {tuple: "t", set: "s", frozenset: "f"}.get(kind)
     if tag is None:
-        return {"o": str(kind.__name__)[:80]}
+        return {"q" if _has_own_equality(kind) else "o": str(kind.__name__)[:80]}
     return {tag: [to_wire(v, depth + 1) for v in value]}
+
+
+def _has_own_equality(kind: type) -> bool:
+    own = (vars(base) for base in kind.__mro__ if base.__module__ in ("solution", "__main__"))
+    return any("__eq__" in members and "__dataclass_fields__" not in members for members in own)
 
 
 def _encodable(text: str) -> bool:
@@ -106,7 +113,7 @@ class _Reader:
             raise ValueError("an object must have one key")
         self._check_depth(depth)
         tag, body = next(iter(node.items()))
-        if tag in ("i", "b", "o"):
+        if tag in ("i", "b", "o", "q"):
             return _scalar(tag, body)
         if type(body) is not list:
             raise ValueError(f"key {tag!r} needs a list")
@@ -140,4 +147,4 @@ def _scalar(tag: str, body: Any) -> Any:
         raise ValueError(f"key {tag!r} needs a string")
     if tag == "i":
         return int(body, 16)
-    return bytes.fromhex(body) if tag == "b" else Opaque(body[:80])
+    return bytes.fromhex(body) if tag == "b" else Opaque(body[:80], tag == "q")

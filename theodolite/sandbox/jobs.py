@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-Status: TypeAlias = Literal["ok", "syntax_error", "runtime_error", "timeout", "memory", "output_limit", "no_answer", "infra_error"]
+Status: TypeAlias = Literal["ok", "syntax_error", "runtime_error", "timeout", "memory", "output_limit", "tamper", "infra_error"]
 """How a job ended.
 
 ``ok``: the program ran and answered (single calls may still have raised). ``syntax_error``: it does not compile. ``runtime_error``: its
 body or the invoked expression raised, or it crashed. ``timeout``: it used up its CPU time. ``memory``: it ran into the memory limit.
-``output_limit``: its answer is larger than allowed. ``no_answer``: it ended without a readable answer. ``infra_error``: not the
-program's fault (a machine that stalls, a worker that died), twice in a row; never to be scored as an answer.
+``output_limit``: its answer is larger than allowed. ``tamper``: it ended its process, or wrote to the descriptor of the answer, so that
+there is no answer of the runner's. ``infra_error``: not the program's fault (a machine that stalls, a worker that died, a batch's
+deadline), twice in a row; never to be scored as an answer.
 """
 
 
@@ -41,6 +42,9 @@ class Job:
         calls: The calls, in order, each with arguments of its own.
         setup_code: Trusted imports and helpers that run before the program in the same namespace.
         invoke: Expression evaluated once after the program, e.g. ``run_tests()``; excludes ``entry`` and ``calls``.
+        order: Indices into ``calls``, in the order in which they are made; an index may repeat. Empty = each once, as given.
+        binds: With ``invoke``: a name that the program must have bound; otherwise nothing is invoked and ``Outcome.bound`` is false.
+        as_main: The program runs as ``__main__``, so a ``__main__`` guard opens.
     """
 
     program: str
@@ -48,8 +52,13 @@ class Job:
     calls: tuple[Call, ...] = ()
     setup_code: str = ""
     invoke: str | None = None
+    order: tuple[int, ...] = ()
+    binds: str | None = None
+    as_main: bool = False
 
     def __post_init__(self) -> None:
+        if any(not 0 <= index < len(self.calls) for index in self.order):
+            raise ValueError(f"Job.order names a call outside 0..{len(self.calls) - 1}")
         if (self.entry is None) == (self.invoke is None):
             raise ValueError("a Job needs either entry (with calls) or invoke, and not both")
 
@@ -85,9 +94,11 @@ class Outcome:
 
     Attributes:
         status: See :data:`Status`.
-        outputs: One value or :class:`Raised` per call when ``status`` is ``ok`` and the job had an entry, else ``None``. A value of a
+        outputs: One value or :class:`Raised` per call, in the order of ``Job.order``, when ``status`` is ``ok`` and the job had an entry, else ``None``. A value of a
             type that is not carried is an :class:`~theodolite.sandbox.codec.Opaque`.
         returned: The invoked expression returned without an exception.
+        bound: ``Job.binds`` was bound when the program had run, as far as its own process says.
+        tampered: The process says that the program replaced builtins or hooked the interpreter. Only the careless are caught.
         error: A short text for people; partly written by the program, so never to be trusted.
         cpu_s: CPU seconds of the process, start and end included.
         wall_s: Wall seconds of the process.
@@ -96,6 +107,8 @@ class Outcome:
     status: Status
     outputs: tuple[Any, ...] | None = None
     returned: bool = False
+    bound: bool = False
+    tampered: bool = False
     error: str = ""
     cpu_s: float = 0.0
     wall_s: float = 0.0

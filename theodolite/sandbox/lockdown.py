@@ -15,6 +15,7 @@ import resource
 import signal
 import struct
 import sys
+from collections.abc import Callable
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _SECCOMP_MODE_FILTER = 2
@@ -37,17 +38,27 @@ _AARCH64 = {
 SYSTEM_CALLS = {"x86_64": (0xC000003E, _X86_64), "aarch64": (0xC00000B7, _AARCH64)}
 """Per machine: the audit architecture constant and the numbers of the system calls that appear in the filter."""
 
+_READING = {
+    "x86_64": {"openat": 257, "newfstatat": 262, "getdents64": 217},
+    "aarch64": {"openat": 56, "newfstatat": 79, "getdents64": 61},
+}
+_WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
 _NO_OPS = ("nanosleep", "clock_nanosleep")
 _FCNTL_READS = (1, 3)  # F_GETFD, F_GETFL. F_SETOWN and F_SETSIG would send signals to any process of the same user
 
 # Classic BPF: load a word, jump if equal / greater-or-equal, return a verdict.
-_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_NUMBER_AT, _ARCH_AT, _SECOND_ARGUMENT_AT = 0, 4, 24
+_NUMBER_AT, _ARCH_AT, _SECOND_ARGUMENT_AT, _THIRD_ARGUMENT_AT = 0, 4, 24, 32
 
 
-def filter_program(machine: str | None = None) -> bytes:
+def filter_program(machine: str | None = None, reading: bool = False) -> bytes:
     """The seccomp allow-list as BPF instructions; a call not listed fails with EPERM, also one not yet invented.
+
+    Args:
+        machine: As ``platform.machine()`` says; default: this one.
+        reading: Let files be opened for reading; only sound behind a Landlock ruleset that says which.
 
     Raises:
         RuntimeError: There is no table for ``machine`` (default: this one).
@@ -62,6 +73,8 @@ def filter_program(machine: str | None = None) -> bytes:
     for name, number in numbers.items():
         if name != "fcntl":
             code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO if name in _NO_OPS else _ALLOW)]
+    if reading:
+        code += _reading_steps(_READING[machine])
     code += [(_EQUAL, 0, 2 + 2 * len(_FCNTL_READS), numbers["fcntl"]), (_LOAD, 0, 0, _SECOND_ARGUMENT_AT)]
     for command in _FCNTL_READS:
         code += [(_EQUAL, 0, 1, command), (_RETURN, 0, 0, _ALLOW)]
@@ -69,12 +82,29 @@ def filter_program(machine: str | None = None) -> bytes:
     return b"".join(struct.pack("HBBI", *step) for step in code)
 
 
-class Jail:
-    """Everything that can be prepared once, before the fork, so that locking a child down takes a few system calls."""
+def _reading_steps(numbers: dict[str, int]) -> list[tuple[int, int, int, int]]:
+    """Listing and looking at files is allowed, opening them only with no flag that writes."""
+    steps = []
+    for name in ("newfstatat", "getdents64"):
+        steps += [(_EQUAL, 0, 1, numbers[name]), (_RETURN, 0, 0, _ALLOW)]
+    steps += [(_EQUAL, 0, 4, numbers["openat"]), (_LOAD, 0, 0, _THIRD_ARGUMENT_AT), (_ANY_BIT, 0, 1, _WRITE_FLAGS)]
+    return [*steps, (_RETURN, 0, 0, _ERRNO | 1), (_RETURN, 0, 0, _ALLOW)]
 
-    def __init__(self) -> None:
+
+class Jail:
+    """Everything that can be prepared once, before the fork, so that locking a child down takes a few system calls.
+
+    Args:
+        filtered: Install the seccomp filter; ``False`` only for the tier that the user has to call unsafe.
+        reading: See :func:`filter_program`.
+        restrict: Called after ``no_new_privs``, before the filter: the place for Landlock.
+    """
+
+    def __init__(self, filtered: bool = True, reading: bool = False, restrict: Callable[[], None] | None = None) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
-        program = filter_program()
+        self._filtered, self._restrict = filtered, restrict
+        self._descriptors = 5 if filtered and not reading else 64
+        program = filter_program(reading=reading) if filtered else b""
         self._code = ctypes.create_string_buffer(program, len(program))
         self._filter = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(self._code)))
         self._capability_header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
@@ -92,7 +122,10 @@ class Jail:
         self._set_limits(cpu_s, memory_bytes, output_bytes)
         self._check(self._libc.capset(self._capability_header, bytes(24)), "capset")
         self._check(self._libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
-        self._check(self._libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._filter, 0, 0), "prctl(PR_SET_SECCOMP)")
+        if self._restrict is not None:
+            self._restrict()
+        if self._filtered:
+            self._check(self._libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._filter, 0, 0), "prctl(PR_SET_SECCOMP)")
 
     def _set_limits(self, cpu_s: float, memory_bytes: int, output_bytes: int) -> None:
         whole = math.ceil(cpu_s) + 1  # a backstop: the timer below has fractions
@@ -100,7 +133,7 @@ class Jail:
         for kind, value in (
             (resource.RLIMIT_CORE, 0),
             (resource.RLIMIT_NPROC, 0),
-            (resource.RLIMIT_NOFILE, 5),
+            (resource.RLIMIT_NOFILE, self._descriptors),
             (resource.RLIMIT_FSIZE, output_bytes),
             (resource.RLIMIT_STACK, stack),
             (resource.RLIMIT_CPU, whole),

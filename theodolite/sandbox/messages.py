@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from . import codec, zygote
@@ -17,15 +18,24 @@ def encode_calls(calls: tuple[Call, ...]) -> str:
     """The calls as JSON text. Raises ``ValueError`` for an argument of a type that is not carried."""
     wire = [[codec.to_wire(list(call.args)), codec.to_wire(call.kwargs)] for call in calls]
     text = json.dumps(wire)
-    if '{"o": ' in text:
+    if '{"o": ' in text or '{"q": ' in text:
         for call in calls:
             _refuse_opaque(codec.from_wire(codec.to_wire([list(call.args), call.kwargs])))
     return text
 
 
-def encode_job(job: Job, calls: str) -> bytes:
-    """The job as the child reads it; ``calls`` is the text of :func:`encode_calls`."""
-    head = {"program": job.program, "setup": job.setup_code, "entry": job.entry, "invoke": job.invoke}
+def encode_job(job: Job, calls: str, token: str) -> bytes:
+    """The job as the child reads it; ``calls`` is the text of :func:`encode_calls`, ``token`` must be in its answer."""
+    head = {
+        "token": token,
+        "name": "__main__" if job.as_main else "solution",
+        "program": job.program,
+        "setup": job.setup_code,
+        "entry": job.entry,
+        "invoke": job.invoke,
+        "binds": job.binds,
+        "order": job.order or list(range(len(job.calls))),
+    }
     return f'{json.dumps(head)[:-1]}, "calls": {calls}}}'.encode()
 
 
@@ -39,7 +49,15 @@ def _refuse_opaque(value: Any) -> None:
             _refuse_opaque(member)
 
 
-def judge(reply: tuple[int, float, float, int, int], raw: bytes, limits: Limits, expected_outputs: int | None) -> Outcome:
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What an answer must look like to be the runner's: the job's token, and the number of outputs (``None``: an invocation)."""
+
+    token: str
+    outputs: int | None
+
+
+def judge(reply: tuple[int, float, float, int, int], raw: bytes, limits: Limits, expected: Expected) -> Outcome:
     """Turn the zygote's reply and the child's bytes into an outcome; ``infra_error`` here means "try again".
 
     How the process ended is known from the kernel; what it wrote is only believed as far as "these are its answers".
@@ -48,8 +66,7 @@ def judge(reply: tuple[int, float, float, int, int], raw: bytes, limits: Limits,
     ended = _how_it_ended(status, cpu_s, peak_bytes, bool(killed), limits)
     if ended is not None:
         return Outcome(ended[0], error=ended[1], cpu_s=cpu_s, wall_s=wall_s)
-    status_text, outputs, returned, error = _parse_answer(raw, limits, expected_outputs)
-    return Outcome(status_text, outputs, returned, error, cpu_s, wall_s)
+    return replace(_parse_answer(raw, limits, expected), cpu_s=cpu_s, wall_s=wall_s)
 
 
 def _how_it_ended(status: int, cpu_s: float, peak_bytes: int, killed: bool, limits: Limits) -> tuple[Status, str] | None:
@@ -63,6 +80,8 @@ def _how_it_ended(status: int, cpu_s: float, peak_bytes: int, killed: bool, limi
         return "infra_error", "the process could not lock itself down"
     if number in (signal.SIGPROF, signal.SIGXCPU) or (number == signal.SIGKILL and cpu_s >= 0.9 * limits.cpu_s):
         return "timeout", f"more than {limits.cpu_s:g} s of CPU time"
+    if number in (signal.SIGSYS, signal.SIGXFSZ):
+        return "tamper", f"killed by signal {number}: a system call of a foreign kind, or an answer beyond its size"
     if killed:
         return "infra_error", f"{limits.wall_s:g} s of wall time with {cpu_s:.2f} s of CPU time"
     if number == signal.SIGKILL:
@@ -72,30 +91,32 @@ def _how_it_ended(status: int, cpu_s: float, peak_bytes: int, killed: bool, limi
     return "runtime_error", f"killed by signal {number}"
 
 
-def _parse_answer(raw: bytes, limits: Limits, expected_outputs: int | None) -> tuple[Status, tuple[Any, ...] | None, bool, str]:
+def _parse_answer(raw: bytes, limits: Limits, expected: Expected) -> Outcome:
     if not raw:
-        return "no_answer", None, False, "the program ended without an answer"
+        return Outcome("tamper", error="the program ended its process before it could answer")
     if len(raw) > limits.output_kb << 10:
-        return "output_limit", None, False, "the answer is too large"
+        return Outcome("tamper", error="the answer is larger than the runner's can be")
     try:
-        return _read_answer(json.loads(raw), expected_outputs)
+        return _read_answer(json.loads(raw), expected)
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
-        return "no_answer", None, False, f"unreadable answer ({type(error).__name__})"
+        return Outcome("tamper", error=f"the program wrote to the answer's descriptor ({type(error).__name__})")
 
 
-def _read_answer(answer: Any, expected_outputs: int | None) -> tuple[Status, tuple[Any, ...] | None, bool, str]:
-    status = answer["status"] if isinstance(answer, dict) else None
+def _read_answer(answer: Any, expected: Expected) -> Outcome:
+    if not isinstance(answer, dict) or answer.get("token") != expected.token:
+        raise ValueError("not the runner's")
+    status = answer["status"]
     if not isinstance(status, str) or status not in _REPORTED:
         raise ValueError("no status")
-    known = cast(Status, status)
+    known, tampered = cast(Status, status), answer.get("tampered") is True
     if known != "ok":
-        return known, None, False, _text(answer.get("error", ""))
-    if expected_outputs is None:
-        return known, None, answer.get("returned") is True, ""
+        return Outcome(known, tampered=tampered, error=_text(answer.get("error", "")))
+    if expected.outputs is None:
+        return Outcome(known, returned=answer.get("returned") is True, bound=answer.get("bound") is True, tampered=tampered)
     outputs = answer["outputs"]
-    if not isinstance(outputs, list) or len(outputs) != expected_outputs:
+    if not isinstance(outputs, list) or len(outputs) != expected.outputs:
         raise ValueError("wrong number of outputs")
-    return known, tuple(_read_output(output) for output in outputs), False, ""
+    return Outcome(known, tuple(_read_output(output) for output in outputs), tampered=tampered)
 
 
 def _read_output(output: Any) -> Any:

@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
+import sysconfig
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
+from typing import cast
 
 from .jobs import Call, Job, Limits, Outcome
-from .messages import encode_calls, encode_job
+from .messages import Expected, encode_calls, encode_job
+from .tiers import ATTACKS, CHAIN, PROBE, ConcreteTier, Tier, TierReport, with_reading
 from .worker import Worker, WorkerDied
 
-_TIER = "zygote+seccomp"
-
-_PROBE = """
-import ctypes, os, signal, socket
-
-def refused(attack):
-    try:
-        return attack() == -1
-    except PermissionError:
-        return True
-    except OSError:
-        return False
-
-def broken_out():
-    attacks = {
-        "open": lambda: os.open("/proc/self/status", os.O_RDONLY),
-        "write": lambda: os.open("/dev/null", os.O_WRONLY),
-        "stat": lambda: os.stat("/"),
-        "socket": lambda: socket.socket(),
-        "fork": lambda: os.fork() or os._exit(9),
-        "exec": lambda: os.execv("/theodolite-probe", ["probe"]),
-        "kill": lambda: os.kill(os.getppid(), 0),
-        "ptrace": lambda: ctypes.CDLL(None).ptrace(0, 0, 0, 0),
-        "ignore the CPU timer": lambda: signal.signal(signal.SIGPROF, signal.SIG_IGN),
-    }
-    return [name for name, attack in attacks.items() if not refused(attack)]
-"""
+_log = logging.getLogger(__name__)
 
 
 class Sandbox:
@@ -50,27 +28,49 @@ class Sandbox:
     ``infra_error``. Not to be shared with forked processes.
 
     Args:
-        workers: Zygotes, and so jobs at a time. One per core is right.
+        workers: Zygotes, and so jobs at a time. One per core is right: with more than one, each stays on a core of its own.
         limits: What one job may use.
         preload: Offer programs most of the standard library; ``False`` offers ``zygote.LEAN_MODULES`` only (collections, math, re, ...)
             and makes a job about 15 % cheaper. A program can import nothing else.
+        tier: ``auto`` = the strongest that works here, found at start by real attacks; a name = that one or nothing. ``unsafe`` is never
+            chosen by ``auto``.
+        stdlib_files: Let programs import the whole standard library from disk. Needs Landlock; a program can then also see which files
+            exist outside (not read them).
     """
 
-    def __init__(self, workers: int = 1, limits: Limits | None = None, preload: bool = True) -> None:
+    def __init__(
+        self,
+        workers: int = 1,
+        limits: Limits | None = None,
+        preload: bool = True,
+        tier: Tier = "auto",
+        stdlib_files: bool = False,
+    ) -> None:
         if workers < 1:
             raise ValueError(f"Sandbox.workers is {workers}; it must be at least 1")
+        if tier not in ("auto", *CHAIN, "unsafe"):
+            raise ValueError(f"Sandbox.tier is {tier!r}; choose one of auto, {', '.join(CHAIN)}, unsafe")
         self.limits = limits or Limits()
-        self._workers = [Worker(preload) for _ in range(workers)]
+        self._size, self._preload, self._asked = workers, preload, tier
+        self._reading = _standard_library() if stdlib_files else ()
+        self._workers: list[Worker] = []
         self._lock = threading.Lock()
         self._owner: int | None = None
+        self._report: TierReport | None = None
         self.retries = 0
         """Jobs repeated because of the infrastructure since the start."""
 
     @property
+    def report(self) -> TierReport:
+        """The isolation in force and its probe, for manifests; raises ``RuntimeError`` before :meth:`start`."""
+        if self._report is None:
+            raise RuntimeError("the sandbox is not started; call start() or use it as a context manager")
+        return self._report
+
+    @property
     def tier(self) -> str:
-        """The isolation in force, for manifests; raises ``RuntimeError`` before :meth:`start`."""
-        self._require_started()
-        return _TIER
+        """Name of the isolation in force; raises ``RuntimeError`` before :meth:`start`."""
+        return self.report.tier
 
     @property
     def worker_pids(self) -> list[int]:
@@ -78,38 +78,61 @@ class Sandbox:
         return [worker.pid for worker in self._workers]
 
     def start(self) -> None:
-        """Start the zygotes and try the lock-down with real attacks; idempotent.
+        """Find the strongest tier that holds against real attacks and start the zygotes in it; idempotent.
 
         Raises:
-            RuntimeError: The isolation cannot be established here. There is no weaker fall-back.
+            RuntimeError: No tier works here, or not the one asked for. ``unsafe`` is never fallen back to.
         """
         if self._owner == os.getpid():
             return
-        try:
-            for worker in self._workers:
-                worker.spawn()
-            for worker in self._workers:
-                worker.wait_ready()
-            self._owner = os.getpid()
-            self._probe()
-        except BaseException:
-            self.close()
-            raise
+        passed_over: dict[str, str] = {}
+        for tier in CHAIN if self._asked == "auto" else (self._asked,):
+            try:
+                self._start(cast(ConcreteTier, tier), passed_over)
+                _log.info("%s", self.report)
+                return
+            except (RuntimeError, OSError) as error:
+                self.close()
+                passed_over[tier] = str(error)
+            except BaseException:
+                self.close()
+                raise
+        reasons = "; ".join(f"{tier}: {why}" for tier, why in passed_over.items())
+        raise RuntimeError(f"the sandbox refuses to run untrusted programs, no isolation holds here ({reasons})")
 
-    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+    def _start(self, tier: ConcreteTier, passed_over: dict[str, str]) -> None:
+        if tier == "unsafe":
+            _log.warning("The sandbox was asked to be unsafe: programs can read files, use the network and leave processes behind.")
+        self._workers = [Worker(tier, self._preload, self._reading, cpu) for cpu in _cores(self._size)]
+        for worker in self._workers:
+            worker.spawn()
+        for worker in self._workers:
+            worker.wait_ready()
+        self._owner = os.getpid()
+        held, broke = self._probe(tier)
+        landlock = min(worker.in_force["landlock"] for worker in self._workers)
+        self._report = TierReport(tier, held, broke, dict(passed_over), landlock, bool(self._reading))
+
+    def run(self, jobs: Sequence[Job], deadline_s: float | None = None) -> list[Outcome]:
         """Run all jobs over the workers; ``result[i]`` belongs to ``jobs[i]``.
+
+        Args:
+            jobs: What to run.
+            deadline_s: Seconds of wall time for the whole batch; what has not ended by then is ``infra_error``. ``None`` = four times
+                what the batch would take if every job used up its CPU time, and four wall limits.
 
         Raises:
             RuntimeError: Not started, or started by another process.
             ValueError: A call holds a value that cannot be passed.
         """
-        return self._run(jobs, self.limits)
+        return self._run(jobs, self.limits, deadline_s)
 
     def close(self) -> None:
         """End all zygotes; idempotent."""
         for worker in self._workers:
             worker.kill()
-        self._owner = None
+        self._workers = []
+        self._owner = self._report = None
 
     def __enter__(self) -> Sandbox:
         self.start()
@@ -118,10 +141,10 @@ class Sandbox:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _run(self, jobs: Sequence[Job], limits: Limits) -> list[Outcome]:
+    def _run(self, jobs: Sequence[Job], limits: Limits, deadline_s: float | None = None) -> list[Outcome]:
         self._require_started()
         with self._lock:
-            batch = _Batch(jobs, limits, self._workers)
+            batch = _Batch(jobs, limits, self._workers, deadline_s)
             try:
                 outcomes = batch.run()
             except BaseException:
@@ -132,16 +155,21 @@ class Sandbox:
             self.retries += batch.retries
             return outcomes
 
-    def _probe(self) -> None:
-        """Every worker must answer a job that tries a handful of attacks, and none of them may get through."""
-        probe = Job(_PROBE, entry="broken_out", calls=(Call(),))
+    def _probe(self, tier: ConcreteTier) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Every worker tries the attacks; in all tiers but ``unsafe`` none may get through. Returns those that failed and the others."""
+        expected = with_reading(ATTACKS) if self._reading else ATTACKS
+        probe = Job(PROBE, entry="held", calls=(Call(),))
+        through: set[str] = set()
         for outcome in self._run([probe] * len(self._workers), Limits()):
-            if outcome.status != "ok":
+            answers = outcome.outputs[0] if outcome.status == "ok" and outcome.outputs else None
+            if not isinstance(answers, list) or len(answers) != len(ATTACKS):
                 raise RuntimeError(
-                    f"the sandbox cannot isolate programs here, it needs seccomp filters ({outcome.status}: {outcome.error})"
+                    f"programs cannot be isolated, which needs seccomp filters ({outcome.status}: {outcome.error or answers})"
                 )
-            if outcome.outputs != ([],):
-                raise RuntimeError(f"the sandbox does not hold here: {outcome.outputs} got through; refusing to run untrusted programs")
+            through |= {name for name, held in zip(ATTACKS, answers, strict=True) if held is not True and name in expected}
+        if through and tier != "unsafe":
+            raise RuntimeError(f"the isolation does not hold: {', '.join(sorted(through))} got through")
+        return tuple(name for name in expected if name not in through), tuple(name for name in expected if name in through)
 
     def _require_started(self) -> None:
         if self._owner is None:
@@ -153,23 +181,35 @@ class Sandbox:
 class _Batch:
     """One call of :meth:`Sandbox.run`: an event loop over the workers' control sockets, without threads."""
 
-    def __init__(self, jobs: Sequence[Job], limits: Limits, workers: list[Worker]) -> None:
+    def __init__(self, jobs: Sequence[Job], limits: Limits, workers: list[Worker], deadline_s: float | None) -> None:
         texts: dict[int, str] = {}  # completions of one problem share their calls
-        self._jobs = [encode_job(job, _cached_calls(job, texts)) for job in jobs]
-        self._sizes = [len(job.calls) if job.entry is not None else None for job in jobs]
+        self._expected = [Expected(os.urandom(8).hex(), _output_count(job)) for job in jobs]
+        self._jobs = [encode_job(job, _cached_calls(job, texts), e.token) for job, e in zip(jobs, self._expected, strict=True)]
         self._limits, self._workers = limits, workers
         self._outcomes: list[Outcome | None] = [None] * len(jobs)
         self._waiting = deque((index, 1) for index in range(len(jobs)))
         self._given: dict[int, tuple[int, int]] = {}
+        self._seconds = deadline_s if deadline_s is not None else 4 * (limits.wall_s + limits.cpu_s * len(jobs) / len(workers))
+        self._deadline = time.monotonic() + self._seconds
         self.retries = 0
 
     def run(self) -> list[Outcome]:
         while self._waiting or self._given:
+            if time.monotonic() >= self._deadline:
+                self._give_up()
+                break
             for number, worker in enumerate(self._workers):
                 if self._waiting and not worker.busy:
                     self._hand_over(number, worker)
             self._collect()
         return [outcome for outcome in self._outcomes if outcome is not None]
+
+    def _give_up(self) -> None:
+        for number in self._given:
+            self._workers[number].kill()
+        late = Outcome("infra_error", error=f"the batch's deadline of {self._seconds:g} s")
+        for index, _attempt in [*self._given.values(), *self._waiting]:
+            self._outcomes[index] = late
 
     def _hand_over(self, number: int, worker: Worker) -> None:
         if not worker.alive:
@@ -178,7 +218,7 @@ class _Batch:
         index, attempt = self._waiting.popleft()
         self._given[number] = (index, attempt)
         try:
-            worker.submit(self._jobs[index], self._sizes[index], self._limits)
+            worker.submit(self._jobs[index], self._expected[index], self._limits)
         except WorkerDied as death:
             self._lost(number, worker, str(death))
 
@@ -189,7 +229,7 @@ class _Batch:
         for number in self._given:
             numbers[self._workers[number].fileno()] = number
             poll.register(self._workers[number], select.POLLIN)
-        deadline = min((self._workers[number].deadline for number in self._given), default=0.0)
+        deadline = min((self._deadline, *(self._workers[number].deadline for number in self._given)))
         ready = poll.poll(max(0.0, deadline - time.monotonic()) * 1000 + 1) if numbers else []
         for descriptor, _ in ready:
             number = numbers[descriptor]
@@ -211,6 +251,24 @@ class _Batch:
             self._waiting.append((index, 2))
         else:
             self._outcomes[index] = outcome
+
+
+def _output_count(job: Job) -> int | None:
+    return None if job.entry is None else len(job.order or job.calls)
+
+
+def _cores(workers: int) -> list[int | None]:
+    """A core for each of several workers, other ranks of the machine taken into account; ``None`` where there are too few."""
+    cores = sorted(os.sched_getaffinity(0))
+    first = int(os.environ.get("LOCAL_RANK", "0")) * workers
+    if workers == 1 or first + workers > len(cores):
+        return [None] * workers
+    return [*cores[first : first + workers]]
+
+
+def _standard_library() -> tuple[str, ...]:
+    paths = sysconfig.get_paths()
+    return tuple(sorted({os.path.realpath(paths["stdlib"]), os.path.realpath(paths["platstdlib"])}))
 
 
 def _cached_calls(job: Job, texts: dict[int, str]) -> str:

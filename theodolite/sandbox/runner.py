@@ -5,62 +5,88 @@ Standard library only: the zygote loads this file by path.
 
 from __future__ import annotations
 
+import builtins
 import json
 import sys
 from types import CodeType, ModuleType
 from typing import Any
 
+_dumps = json.dumps
+
 
 def answer(raw_job: bytes, output_bytes: int, codec: Any) -> bytes:
     """Run one encoded job and return its encoded answer, at most ``output_bytes`` long (or a note that it would be longer)."""
-    frame = _run(json.loads(raw_job), output_bytes, codec)
+    job = json.loads(raw_job)
+    frame = _Run(job, output_bytes, codec).frame()
     if len(frame) > output_bytes:
-        return b'{"status": "output_limit", "error": "the answer is too large"}'
+        return _dumps({"token": job["token"], "status": "output_limit", "error": "the answer is too large"}).encode()
     return frame
 
 
-def _run(job: dict[str, Any], output_bytes: int, codec: Any) -> bytes:
-    module = ModuleType("solution")
-    sys.modules["solution"] = module  # dataclasses and enums look their module up by name
-    namespace = module.__dict__
-    try:
-        bodies = [_compiled(job["setup"], "<setup>", "exec"), _compiled(job["program"], "<program>", "exec")]
-    except BaseException as error:  # the parser also raises ValueError, MemoryError and RecursionError on sources it cannot take
-        return _frame("syntax_error", error=_describe(error))
-    try:
-        for body in bodies:
-            exec(body, namespace)
-        if job["invoke"] is not None:
-            eval(_compiled(job["invoke"], "<invoke>", "eval"), namespace)
-            return _frame("ok", returned=True)
-    except BaseException as error:  # SystemExit and KeyboardInterrupt are no answers either
-        return _frame("memory" if isinstance(error, MemoryError) else "runtime_error", error=_describe(error))
-    return _call_all(job, namespace, output_bytes, codec)
+class _Run:
+    """One job. ``token`` goes into the answer, so that bytes which a program writes blindly are not taken for one."""
 
+    def __init__(self, job: dict[str, Any], output_bytes: int, codec: Any) -> None:
+        self.job, self.output_bytes, self.codec = job, output_bytes, codec
+        self.namespace: dict[str, Any] = {}
+        self.builtins_before = dict(vars(builtins))
 
-def _call_all(job: dict[str, Any], namespace: dict[str, Any], output_bytes: int, codec: Any) -> bytes:
-    entry = _compiled(job["entry"], "<entry>", "eval")
-    answers: list[str] = []
-    size = 0
-    for args, kwargs in job["calls"]:
+    def frame(self) -> bytes:
+        job = self.job
+        module = ModuleType(job["name"])
+        sys.modules[job["name"]] = module  # dataclasses and enums look their module up by name
+        self.namespace = module.__dict__
         try:
-            function = eval(entry, namespace)
-            value = function(*codec.from_wire(args, sys.maxsize), **codec.from_wire(kwargs, sys.maxsize))
-            answers.append(json.dumps([codec.to_wire(value)]))  # now: a later call may change the object
-        except BaseException as error:
-            answers.append(json.dumps(_describe(error)))
-        size += len(answers[-1]) + 2
-        if size > output_bytes:
-            break
-    return f'{{"status": "ok", "outputs": [{", ".join(answers)}]}}'.encode()
+            bodies = [_compiled(job["setup"], "<setup>", "exec"), _compiled(job["program"], "<program>", "exec")]
+        except BaseException as error:  # the parser also raises ValueError, MemoryError and RecursionError on sources it cannot take
+            return self._encoded("syntax_error", error=_describe(error))
+        try:
+            for body in bodies:
+                exec(body, self.namespace)
+            if job["invoke"] is not None:
+                return self._invoked()
+        except BaseException as error:  # SystemExit and KeyboardInterrupt are no answers either
+            return self._encoded("memory" if isinstance(error, MemoryError) else "runtime_error", error=_describe(error))
+        return self._called()
+
+    def _invoked(self) -> bytes:
+        name = self.job["binds"]
+        bound = name is None or name in self.namespace or name in vars(builtins)
+        if bound:
+            eval(_compiled(self.job["invoke"], "<invoke>", "eval"), self.namespace)
+        return self._encoded("ok", returned=bound, bound=bound)
+
+    def _called(self) -> bytes:
+        entry = _compiled(self.job["entry"], "<entry>", "eval")
+        calls, from_wire, to_wire = self.job["calls"], self.codec.from_wire, self.codec.to_wire
+        answers: list[str] = []
+        size = 0
+        for index in self.job["order"]:
+            args, kwargs = calls[index]
+            try:
+                function = eval(entry, self.namespace)
+                value = function(*from_wire(args, sys.maxsize), **from_wire(kwargs, sys.maxsize))
+                answers.append(_dumps([to_wire(value)]))  # now: a later call may change the object
+            except BaseException as error:
+                answers.append(_dumps(_describe(error)))
+            size += len(answers[-1]) + 2
+            if size > self.output_bytes:
+                break
+        head = self._encoded("ok")[:-1].decode()
+        return f'{head}, "outputs": [{", ".join(answers)}]}}'.encode()
+
+    def _encoded(self, status: str, **fields: Any) -> bytes:
+        return _dumps({"token": self.job["token"], "status": status, "tampered": self._tampered(), **fields}).encode()
+
+    def _tampered(self) -> bool:
+        """The program has changed what does not belong to it. Only the careless are caught: this runs where the program ran."""
+        now = vars(builtins)
+        replaced = any(now.get(name) is not value for name, value in self.builtins_before.items())
+        return replaced or json.dumps is not _dumps or sys.gettrace() is not None or sys.getprofile() is not None
 
 
 def _compiled(source: str, name: str, mode: str) -> CodeType:
     return compile(source, name, mode, dont_inherit=True)
-
-
-def _frame(status: str, **fields: Any) -> bytes:
-    return json.dumps({"status": status, **fields}).encode()
 
 
 def _describe(error: BaseException) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -11,11 +12,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from . import zygote
 from .jobs import Limits, Outcome
-from .messages import judge
+from .messages import Expected, judge
+from .tiers import ConcreteTier, wrapper
 
 _SCRIPT = Path(zygote.__file__).resolve()
 _ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # the order of a set must not differ between workers
@@ -28,7 +30,7 @@ class WorkerDied(Exception):
 @dataclass
 class _Running:
     limits: Limits
-    expected_outputs: int | None
+    expected: Expected
     answer_fd: int
     deadline: float
 
@@ -37,17 +39,31 @@ class Worker:
     """One zygote process and the job it is running.
 
     Args:
+        tier: How the zygote is isolated; see ``tiers.py``.
         preload: Import :data:`zygote.FULL_MODULES` rather than :data:`zygote.LEAN_MODULES`.
+        reading: Folders that programs may read.
+        cpu: Core to stay on; ``None`` = any.
         start_timeout_s: Seconds of wall time in which the interpreter must be up.
         grace_s: Seconds beyond a job's wall limit after which the zygote itself counts as stuck.
     """
 
-    def __init__(self, preload: bool = True, start_timeout_s: float = 60.0, grace_s: float = 10.0) -> None:
-        self._modules = "full" if preload else "lean"
+    def __init__(
+        self,
+        tier: ConcreteTier = "seccomp",
+        preload: bool = True,
+        reading: tuple[str, ...] = (),
+        cpu: int | None = None,
+        start_timeout_s: float = 60.0,
+        grace_s: float = 10.0,
+    ) -> None:
+        self._tier: ConcreteTier = tier
+        self._modules, self._reading, self._cpu = "full" if preload else "lean", list(reading), cpu
         self._start_timeout_s, self._grace_s = start_timeout_s, grace_s
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._running: _Running | None = None
+        self.in_force: dict[str, Any] = {}
+        """What the zygote said of itself when it came up: the version of Landlock (0: none)."""
 
     @property
     def alive(self) -> bool:
@@ -61,7 +77,7 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """Process id of the zygote (its process group too)."""
+        """Process id of the zygote, or of the wrapper that holds it; its process group too."""
         if self._process is None:
             raise RuntimeError("this sandbox worker is not started; call start() first")
         return self._process.pid
@@ -79,34 +95,50 @@ class Worker:
         """Start a zygote (killing an old one) without waiting for it."""
         self.kill()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-s", "-P", "-S", str(_SCRIPT), str(theirs.fileno()), self._modules],
-                pass_fds=[theirs.fileno()],
-                env=_ENVIRONMENT,
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
+        parent = os.pidfd_open(os.getpid())
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    self._command(theirs.fileno(), parent),
+                    pass_fds=[theirs.fileno(), parent],
+                    env=_ENVIRONMENT,
+                    cwd="/",
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    start_new_session=True,
+                )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            os.close(parent)
         self._control = ours
+
+    def _command(self, control: int, parent: int) -> list[str]:
+        settings = {
+            "control": control,
+            "parent": parent,
+            "tier": self._tier,
+            "modules": self._modules,
+            "reading": self._reading,
+            "cpu": self._cpu,
+        }
+        return [*wrapper(self._tier, _SCRIPT.parent), sys.executable, "-s", "-P", "-S", str(_SCRIPT), json.dumps(settings)]
 
     def wait_ready(self) -> None:
         """Wait for the spawned zygote. Raises ``RuntimeError`` when it does not come up."""
         control, process = self._socket(), cast("subprocess.Popen[bytes]", self._process)
         control.settimeout(self._start_timeout_s)
         try:
-            hello = control.recv(64)
-        except OSError:
-            hello = b""
-        control.settimeout(None)
-        if hello != zygote.HELLO:
+            self.in_force = json.loads(control.recv(256))
+        except (OSError, ValueError):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             text = process.communicate()[1].decode(errors="replace").strip().splitlines()
             self.kill()
-            raise RuntimeError(f"the sandbox cannot start its fork server: {text[-1] if text else 'no answer'}")
+            raise RuntimeError(f"the sandbox cannot start its fork server: {text[-1] if text else 'no answer'}") from None
+        control.settimeout(None)
 
     def kill(self) -> None:
         """End the zygote and its child, if any; idempotent."""
@@ -124,10 +156,10 @@ class Worker:
                 self._process.stderr.close()
             self._process = None
 
-    def submit(self, job: bytes, expected_outputs: int | None, limits: Limits) -> None:
+    def submit(self, job: bytes, expected: Expected, limits: Limits) -> None:
         """Hand over an encoded job. Raises :class:`WorkerDied` when the zygote is gone."""
         job_fd, answer_fd = os.memfd_create("job"), os.memfd_create("answer")
-        self._running = _Running(limits, expected_outputs, answer_fd, time.monotonic() + limits.wall_s + self._grace_s)
+        self._running = _Running(limits, expected, answer_fd, time.monotonic() + limits.wall_s + self._grace_s)
         request = zygote.REQUEST.pack(limits.cpu_s, limits.wall_s, limits.memory_mb << 20, limits.output_kb << 10)
         try:
             with os.fdopen(job_fd, "wb", closefd=False) as file:
@@ -151,7 +183,7 @@ class Worker:
         raw = os.pread(running.answer_fd, (running.limits.output_kb << 10) + 1, 0)
         os.close(running.answer_fd)
         self._running = None
-        return judge(zygote.REPLY.unpack(reply), raw, running.limits, running.expected_outputs)
+        return judge(zygote.REPLY.unpack(reply), raw, running.limits, running.expected)
 
     def _socket(self) -> socket.socket:
         if self._control is None:

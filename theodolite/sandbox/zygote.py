@@ -1,10 +1,15 @@
 """The fork server: a bare interpreter that forks one locked-down child per job.
 
-Started by path as a program of its own (``python -s -P -S zygote.py CONTROL_FD full|lean``), so that nothing of the parent (torch, models,
-secrets, answers) is in its memory. It passes descriptors on and never reads a job or an answer: a child is a copy of this process
-and would find them.
+Started by path as a program of its own (``python -s -P -S zygote.py SETTINGS``), so that nothing of the parent (torch, models, secrets,
+answers) is in its memory. It passes descriptors on and never reads a job or an answer: a child is a copy of this process and would find
+them.
 
-Control messages (SOCK_SEQPACKET): in, :data:`REQUEST` and two descriptors (job, answer); out, :data:`REPLY`.
+``SETTINGS`` is a JSON object: ``control`` and ``parent`` (descriptors: the control socket, and a pidfd of the trusted process), ``modules``
+(``full`` or ``lean``), ``tier`` (see ``tiers.py``), ``reading`` (folders that programs may read; usually none) and ``cpu`` (the core to
+stay on, or null).
+
+Control messages (SOCK_SEQPACKET): first out, a JSON object that says what is in force; then in, :data:`REQUEST` and two descriptors (job,
+answer), and out, :data:`REPLY`.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import ctypes
 import gc
 import importlib
 import importlib.util
+import json
 import os
 import random
 import select
@@ -32,7 +38,6 @@ REQUEST = struct.Struct("=ddQQ")
 REPLY = struct.Struct("=iddQB")
 """Wait status (-1: no child), CPU seconds, wall seconds, peak resident bytes, 1 if killed at the wall limit."""
 
-HELLO = b"ready"
 LOCKDOWN_FAILED = signal.SIGUSR1
 """A child that could not lock itself down dies of this signal. After lock-down no signal can be sent, so no program can pretend."""
 
@@ -52,51 +57,72 @@ FULL_MODULES = (
 """Imported once, before any fork. A child can open no file, so a program can import these and what they import, and nothing else."""
 
 _REHEARSAL = (
-    b'{"setup": "", "program": "def f(x, y=(1,)):\\n    return [x, {str(x): y}]", "entry": "f", "invoke": null, '
-    b'"calls": [[[1, [2, "a"]], {"d": []}], [[0.5], {"d": [["y", {"t": [1, null]}]]}], [[], {"d": []}]]}'
+    b'{"token": "", "name": "solution", "setup": "", "program": "def f(x, y=(1,)):\\n    return [x, {str(x): y}]", "entry": "f", '
+    b'"invoke": null, "binds": null, "order": [0, 1, 1], '
+    b'"calls": [[[1, [2, "a"]], {"d": []}], [[0.5], {"d": [["y", {"t": [1, null]}]]}]]}'
 )
 
 
 def main() -> None:
     """Serve jobs until the control socket closes or the parent is gone."""
-    for name in FULL_MODULES if sys.argv[2] == "full" else LEAN_MODULES:
+    settings = json.loads(sys.argv[1])
+    os.environ.pop("PWD", None)  # bubblewrap's; programs see the same environment in every tier
+    if settings["cpu"] is not None:
+        os.sched_setaffinity(0, {settings["cpu"]})
+    for name in FULL_MODULES if settings["modules"] == "full" else LEAN_MODULES:
         importlib.import_module(name)
-    control = socket.socket(fileno=_reserve_low_descriptors(int(sys.argv[1])))
-    parent = os.getppid()
-    server = _Server(control, parent)
+    if settings["tier"] == "namespaces":
+        _sibling("namespaces").enter(ctypes.CDLL(None, use_errno=True))
+    control, parent = _reserve_low_descriptors(settings["control"], settings["parent"])
+    server = _Server(socket.socket(fileno=control), parent, settings)
     for _ in range(20):
         server.rehearse()
     random.seed(0)  # a verdict must not depend on luck
     gc.collect()
     gc.freeze()  # a collection in a child would otherwise write to (and copy) every page
-    control.send(HELLO)
+    server.control.send(json.dumps({"landlock": server.landlock}).encode())
     server.serve()
 
 
-def _reserve_low_descriptors(control: int) -> int:
-    """Put /dev/null on 0-4, so that a passed descriptor never lands there; returns the control socket's new number."""
-    moved = os.dup(control)
-    while moved <= ANSWER_FD:
-        moved = os.dup(moved)
+def _reserve_low_descriptors(*wanted: int) -> list[int]:
+    """Put /dev/null on 0-4, so that a passed descriptor never lands there, and close all but the wanted ones; returns their new numbers."""
+    first_free = max(ANSWER_FD, *wanted) + 1
+    moved = [first_free + place for place in range(len(wanted))]
+    for old, new in zip(wanted, moved, strict=True):
+        os.dup2(old, new, inheritable=False)
     null = os.open(os.devnull, os.O_RDWR)
     while null <= ANSWER_FD:
         null = os.dup(null)
     for low in range(ANSWER_FD + 1):
         os.dup2(null, low)
-    os.closerange(ANSWER_FD + 1, moved)
-    os.closerange(moved + 1, moved + 64)
+    os.closerange(ANSWER_FD + 1, first_free)
+    os.closerange(moved[-1] + 1, moved[-1] + 64)
     return moved
 
 
 class _Server:
-    def __init__(self, control: socket.socket, parent: int) -> None:
-        self.control, self.parent = control, parent
+    def __init__(self, control: socket.socket, parent: int, settings: dict[str, Any]) -> None:
+        self.control = control
         self.codec, self.runner = _sibling("codec"), _sibling("runner")
-        self.jail: Any = _sibling("lockdown").Jail()
+        self.confined = settings["tier"] != "unsafe"
+        self.jail, self.landlock, self.ruleset = self._make_jail(settings["reading"])
         # The C library's fork instead of os.fork: no thread exists here, so Python's after-fork repairs (a third of a job's cost) are void.
         self.fork = ctypes.PyDLL(None).fork
+        self.parent = parent
         self.idle = select.poll()
         self.idle.register(control, select.POLLIN)
+        self.idle.register(parent, select.POLLIN)
+        self.highest = max(control.fileno(), parent, self.ruleset)
+
+    def _make_jail(self, reading: list[str]) -> tuple[Any, int, int]:
+        """The jail, the version of Landlock in force (0: none) and the ruleset's descriptor (-1: none)."""
+        landlock, libc = _sibling("landlock"), ctypes.CDLL(None, use_errno=True)
+        ruleset = landlock.make_ruleset(libc, reading) if self.confined else -1
+        if reading and ruleset < 0:
+            raise OSError("programs may only read files behind Landlock, which this kernel lacks")
+        restrict = (lambda: landlock.restrict_and_close(libc, ruleset)) if ruleset >= 0 else None
+        jail = _sibling("lockdown").Jail(filtered=self.confined, reading=bool(reading), restrict=restrict)
+        return jail, landlock.abi_version(libc) if ruleset >= 0 else 0, ruleset
 
     def rehearse(self) -> None:
         """Run a job of our own, so that the interpreter's caches are warm before the fork and not anew in every child."""
@@ -104,8 +130,9 @@ class _Server:
 
     def serve(self) -> None:
         while True:
-            while not self.idle.poll(1000):
-                self._leave_if_orphaned()
+            ready = dict(self.idle.poll())
+            if self.parent in ready:  # someone forked from the parent may still hold its end of the socket, which then never closes
+                os._exit(0)
             request, ancillary, _, _ = self.control.recvmsg(REQUEST.size, socket.CMSG_LEN(2 * 4))
             if len(request) != REQUEST.size:
                 os._exit(0)
@@ -115,11 +142,6 @@ class _Server:
             reply = self._run_child(REQUEST.unpack(request), list(descriptors))
             with contextlib.suppress(BrokenPipeError):  # the parent left; the next poll says so
                 self.control.send(reply)
-
-    def _leave_if_orphaned(self) -> None:
-        """Someone forked from the parent may still hold its end of the socket, which then never closes."""
-        if os.getppid() != self.parent:
-            os._exit(0)
 
     def _run_child(self, request: tuple[float, float, int, int], descriptors: list[int]) -> bytes:
         started = time.monotonic()
@@ -133,21 +155,25 @@ class _Server:
             return REPLY.pack(-1, 0.0, 0.0, 0, 0)
         killed = not self._wait(pid, started + request[1])
         _, status, usage = os.wait4(pid, 0)
+        if not self.confined:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
         cpu = usage.ru_utime + usage.ru_stime
         return REPLY.pack(status, cpu, time.monotonic() - started, usage.ru_maxrss * 1024, killed)
 
     def _wait(self, pid: int, deadline: float) -> bool:
-        """Wait for the child to end; kills it and returns False at the deadline."""
+        """Wait for the child to end; kills it and returns False at the deadline. Ends with the parent."""
         process = os.pidfd_open(pid)
         try:
             poll = select.poll()
             poll.register(process, select.POLLIN)
+            poll.register(self.parent, select.POLLIN)
             poll.register(self.control, 0)  # hang-up only
             while (left := deadline - time.monotonic()) > 0:
-                ready = dict(poll.poll(min(left, 1.0) * 1000 + 1))
+                ready = dict(poll.poll(left * 1000 + 1))
                 if process in ready:
                     return True
-                if ready or os.getppid() != self.parent:
+                if ready:
                     os.kill(pid, signal.SIGKILL)
                     os._exit(0)
             os.kill(pid, signal.SIGKILL)
@@ -161,9 +187,11 @@ def _child(server: _Server, zygote: int, request: tuple[float, float, int, int],
     cpu_s, _, memory_bytes, output_bytes = request
     try:
         server.jail.die_with_parent(zygote)
+        if not server.confined:
+            os.setpgid(0, 0)  # so that what it forks can be found
         os.dup2(descriptors[0], JOB_FD)
         os.dup2(descriptors[1], ANSWER_FD)
-        os.closerange(ANSWER_FD + 1, max([*descriptors, server.control.fileno()]) + 1)
+        _close_all_but(server.ruleset, max([*descriptors, server.highest]))
         server.jail.lock_down(cpu_s, memory_bytes, output_bytes)
     except BaseException:
         os.kill(os.getpid(), LOCKDOWN_FAILED)
@@ -174,6 +202,15 @@ def _child(server: _Server, zygote: int, request: tuple[float, float, int, int],
     except BaseException:
         os._exit(1)
     os._exit(0)
+
+
+def _close_all_but(kept: int, highest: int) -> None:
+    """Close every descriptor above the answer's, except ``kept`` (-1: none)."""
+    if kept < 0:
+        os.closerange(ANSWER_FD + 1, highest + 1)
+        return
+    os.closerange(ANSWER_FD + 1, kept)
+    os.closerange(kept + 1, highest + 1)
 
 
 def _read_all(descriptor: int) -> bytes:
