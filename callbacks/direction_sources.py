@@ -22,7 +22,8 @@ from theodolite.callbacks.sequence_gradients import (
     require_pair_source,
     require_scorer,
 )
-from theodolite.functional.directions import ConceptDirection, check_method, gradient_difference, haar_random_like
+from theodolite.functional.directions import ConceptDirection
+from theodolite.functional.extraction import check_method, gradient_difference, haar_random_like
 from theodolite.protocols import Window
 from theodolite.seeds import run_seed
 
@@ -33,6 +34,9 @@ class DirectionSource(ABC):
     Every rank must come to the same direction from the same calls; the callback then copies rank 0's numbers, so that kernels which are
     not deterministic cannot pull the ranks apart.
     """
+
+    needs_gradients = True
+    """Whether extraction differentiates or runs the module, which sharded weights do not allow."""
 
     @abstractmethod
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -143,6 +147,8 @@ class HaarRandom(DirectionSource):
         seed: Seed of the draw; None = the run's ``seed_everything``.
         parameters: Glob patterns of parameter names; None takes every trainable 2-dimensional parameter.
     """
+
+    needs_gradients = False
 
     def __init__(self, k: int = 8, seed: int | None = None, parameters: list[str] | None = None) -> None:
         if k < 1:

@@ -1,57 +1,72 @@
-r"""Keep optimizer steps out of a concept's direction: the gradient of each weight matrix is projected before it is clipped and applied.
+r"""Keep optimizer steps out of a concept's direction: project the gradient before it is clipped, the applied update, or both.
 
-Works on any ``LightningModule``, with automatic or manual optimisation, any optimizer, on one device or under DDP::
+Works on any ``LightningModule``, with automatic or manual optimisation, any optimizer, on one device, under DDP and under FSDP2::
 
     callbacks:
       - class_path: theodolite.callbacks.gradient_projection.GradientProjectionCallback
         init_args:
+          apply_to: update
           direction:
             class_path: theodolite.callbacks.direction_sources.GradientDifference   # or a folder that ConceptDirection.save wrote
             init_args: {n_pairs: 64}
 
-**When.** In ``on_before_optimizer_step``: gradients are then accumulated, summed over ranks and unscaled, and not yet clipped. Callbacks
-run in list order; clipping comes after all of them (with manual optimisation the module must clip in its own ``on_before_optimizer_step``).
+**When.** Gradients in ``on_before_optimizer_step``: they are then accumulated, summed over ranks and unscaled, and not yet clipped.
+Callbacks run in list order; clipping comes after all of them (with manual optimisation the module must clip in its own
+``on_before_optimizer_step``). Updates in a hook that the optimizer itself calls when its step is done.
 
-**What it does not promise.** Gradients are projected, not the applied update: momentum, second moments and weight decay bring parts of the
-direction back. After a plain SGD step the applied change has no component left; after Adam's it has.
+**What each promises.** After a plain SGD step with ``apply_to: gradient`` the applied change has no component left; after Adam's it has,
+because momentum, second moments and weight decay bring parts of the direction back. With ``apply_to: update`` it has none, whatever the
+optimizer.
 
-**Logged** as ``projection/<name>/...``, means over the projected matrices of a step, the same on every rank: ``cos_before`` and
-``cos_after`` (gradient against direction; positive = towards the concept), ``removed_fraction`` (``|g - g'|/|g|``), ``fired_fraction``
-(share of matrices whose gate opened), ``skipped_steps`` (so far), and after a refresh ``overlap`` with the previous direction. Sources
-add their own (``pairs``, ...).
+Every choice and every logged number is explained in ``docs/callbacks/gradient_projection.md``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from torch.optim import Optimizer
 
+from theodolite.binding import Target, bind_direction, model_identity
+from theodolite.callbacks.bypass_guard import BypassGuard
 from theodolite.callbacks.direction_sources import DirectionSource
+from theodolite.callbacks.strategy_check import check_strategy
+from theodolite.distributed import gather_objects
 from theodolite.functional.directions import ConceptDirection
-from theodolite.functional.projection import DEFAULT_MAX_MAGNITUDE_FACTOR, ProjectionStats, check_projection_settings, project
+from theodolite.functional.projection import DEFAULT_MAX_MAGNITUDE_FACTOR, ProjectionRule, ProjectionStats
+from theodolite.projection_summary import per_module, summarise
+from theodolite.projector import Projector, StepPlan, parameters_of
 from theodolite.protocols import Window
 
 
 class GradientProjectionCallback(Callback):
-    """Project the gradients of chosen weight matrices off a concept direction, once per optimizer step.
+    """Project the steps of chosen parameters off a concept direction.
 
     Args:
         direction: Folder of a saved :class:`ConceptDirection`, the object itself, or a :class:`DirectionSource` that extracts one.
-        gate: ``one_sided`` removes only what moves towards the concept, per row and matrix; ``two_sided`` every component.
+        gate: ``one_sided`` removes only what moves towards the concept; ``two_sided`` every component; ``reverse`` reflects every
+            component.
         overshoot: 1 removes the component, 2 reflects it (an active step away from the concept, no longer a removal).
         push: Above 0 the gate is replaced by a constant step of this fraction of the gradient norm away from the concept (a control).
-        preserve_magnitude: Rescale each projected gradient to the norm it had.
+        preserve_magnitude: Rescale what is projected to the norm it had.
         max_magnitude_factor: Bound of that rescaling, which a gradient along the direction would drive to infinity.
+        apply_to: The ``gradient``, the applied ``update``, or ``both``.
+        gate_scope: Whether each ``tensor`` (row by row), each ``module`` or the whole model (``global``) decides if the gate opens.
+        target: ``all`` parameters of the direction, its ``residual_writers``, its ``lora_B`` matrices, or all as one ``flattened`` vector.
         parameters: Glob patterns that narrow the direction to some of its parameters.
+        purge_moments: Also take the gated component out of the optimizer's first moments before each step.
+        route: Park what is removed instead of dropping it; evaluation and the end of the fit use the weights without it. Needs ``update``.
+        measure_only: Change nothing and log everything.
+        measure_update: Log the applied update also under ``apply_to: gradient`` (a copy of the parameters per step).
+        measure_parts: Log how much each named part of a window's gradient contributes to the cosine, where the module names parts.
+        log_per_module: Log cosines of every parameter, not only their means.
+        check_model: Refuse a direction that was extracted from another model or revision.
         name: Distinguishes several instances in logs and checkpoints.
 
     Raises:
@@ -61,59 +76,98 @@ class GradientProjectionCallback(Callback):
     def __init__(
         self,
         direction: str | ConceptDirection | DirectionSource,
-        gate: Literal["one_sided", "two_sided"] = "one_sided",
+        gate: Literal["one_sided", "two_sided", "reverse"] = "one_sided",
         overshoot: float = 1.0,
         push: float = 0.0,
-        preserve_magnitude: bool = True,
+        preserve_magnitude: bool = False,
         max_magnitude_factor: float = DEFAULT_MAX_MAGNITUDE_FACTOR,
+        apply_to: Literal["gradient", "update", "both"] = "gradient",
+        gate_scope: Literal["tensor", "module", "global"] = "tensor",
+        target: Target = "all",
         parameters: list[str] | None = None,
+        purge_moments: bool = False,
+        route: bool = False,
+        measure_only: bool = False,
+        measure_update: bool = False,
+        measure_parts: bool = False,
+        log_per_module: bool = False,
+        check_model: bool = True,
         name: str = "projection",
     ) -> None:
         super().__init__()
-        check_projection_settings(gate, overshoot, push, max_magnitude_factor)
-        self.direction, self.parameters, self.name = direction, parameters, name
-        self.gate: Literal["one_sided", "two_sided"] = gate
-        self.overshoot, self.push = overshoot, push
-        self.preserve_magnitude, self.max_magnitude_factor = preserve_magnitude, max_magnitude_factor
+        self.rule = ProjectionRule(
+            gate, gate_scope, overshoot, push, preserve_magnitude, max_magnitude_factor, target == "flattened", measure_only
+        )
+        self.plan = StepPlan(apply_to, purge_moments, route, measure_update)
+        self.projector = Projector(self.rule, self.plan)
+        self.direction, self.parameters, self.target, self.name = direction, parameters, target, name
+        self.measure_parts, self.log_per_module, self.check_model = measure_parts, log_per_module, check_model
         self.source = direction if isinstance(direction, DirectionSource) else None
+        self.given: ConceptDirection | None = None
+        """The direction as loaded, before it is bound to the module's parameters."""
         self.current: ConceptDirection | None = None
-        """The direction in force, orthonormal and on the parameters' devices during a fit."""
+        """The direction in force, orthonormal rows of parameters."""
         self.firings, self.skipped_steps = 0, 0
-        self._bypass = _BypassGuard()
+        self._bypass = BypassGuard()
+        self._handles: list[Any] = []
+        self._parts: dict[str, float] = {}
+        self._last_component = 0.0
+        self._update_metrics: dict[str, Tensor] = {}
+        self._training_weights: dict[str, Tensor] = {}
 
     @property
     def state_key(self) -> str:
         """One key per name, so that several instances can be checkpointed."""
         return self._generate_state_key(name=self.name)
 
+    # ------------------------------------------------------------------ start and end
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies whose gradients this cannot read, and load a saved direction."""
         if stage != "fit":
             return
-        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(trainer.strategy, DeepSpeedStrategy):
-            raise ValueError(
-                f"GradientProjectionCallback cannot read whole gradients under {type(trainer.strategy).__name__}: "
-                "use a single device or DDP."
-            )
-        if self.source is None and self.current is None:
-            loaded = self.direction if isinstance(self.direction, ConceptDirection) else ConceptDirection.load(str(self.direction))
-            self.current = loaded.select(self.parameters).orthonormal() if self.parameters is not None else loaded.orthonormal()
+        check_strategy(trainer.strategy, self.source, self.plan.route)
+        if self.source is None:
+            self.given = self.direction if isinstance(self.direction, ConceptDirection) else ConceptDirection.load(str(self.direction))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find unknown parameters, wrong shapes and unusable sources before training."""
-        if self.current is not None:
-            self.current.check_against({name: parameter.shape for name, parameter in pl_module.named_parameters()})
+        """Find unknown parameters, wrong shapes, another model's direction and unusable sources before training."""
+        if self.given is not None:
+            if self.check_model:
+                self.given.check_model(*model_identity(pl_module))
+            if self.current is None:
+                self.current = self._bound(self.given, pl_module)
         if self.source is not None:
             self.source.check(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Extract the direction (unless a checkpoint brought it) and put it beside the parameters."""
+        """Extract the direction (unless a checkpoint brought it) and put it in force."""
         self._bypass.begin_fit()
-        fresh = None
+        self._remove_hooks()
         if self.current is None and self.source is not None:
             fresh = self.source.prepare(trainer, pl_module)
-        if fresh is not None or self.current is not None:
-            self._adopt(fresh or self.current, trainer, pl_module, narrow=fresh is not None)  # type: ignore[arg-type]
+            self.current = None if fresh is None else self._bound(fresh, pl_module)
+        if self.current is not None:
+            self._put_in_force(self.current, trainer, pl_module)
+        self._restore_training_weights()  # a fit that had ended is continued: its checkpoint holds the deployed ones
+        if self.plan.watches_update:
+            self._handles = [optimizer.register_step_post_hook(partial(_after_step, self)) for optimizer in trainer.optimizers]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop what is parked; raise ``RuntimeError`` if a whole fit never came by."""
+        self._remove_hooks()
+        self._bypass.end_fit()
+        self._training_weights = self.projector.drop_parked()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no hook behind."""
+        self._remove_hooks()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        self._remove_hooks()
+
+    # ------------------------------------------------------------------ steps
 
     def on_rollouts(self, trainer: Trainer, pl_module: LightningModule, window: Window) -> None:
         """Hand a window's rollouts to the source."""
@@ -122,50 +176,68 @@ class GradientProjectionCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember where the counters stand."""
-        self._bypass.begin_batch(trainer.global_step, self.firings, self._watched(pl_module))
+        self._bypass.begin_batch(trainer.global_step, self.firings, self.projector.watched())
+        self._update_metrics, self._parts, self._last_component = {}, {}, 0.0
+
+    def on_microbatch_gradients(self, trainer: Trainer, pl_module: LightningModule, window: Window, part: str) -> None:
+        """Credit the change of the component to the part that was just added (components are linear in the gradient)."""
+        if not self.measure_parts or self.current is None:
+            return
+        gradients = {name: p.grad for name, p in self.projector.watched().items() if p.grad is not None}
+        component = float(sum(self.projector.coefficients(gradients).values()))
+        self._parts[part] = self._parts.get(part, 0.0) + component - self._last_component
+        self._last_component = component
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Refresh the direction if its source wants to, then project ``p.grad`` in place.
 
         Raises:
-            RuntimeError: There is no direction, or a gradient is sharded or sparse.
+            RuntimeError: There is no direction, or a gradient is sparse.
         """
         self.firings += 1
         metrics = self._refresh(trainer, pl_module)
-        trained = _parameters_of(optimizer)
-        mine = {name: parameter for name, parameter in self._watched(pl_module).items() if id(parameter) in trained}
-        if mine:
+        if self.projector.watched(optimizer):
             self._bypass.reached = True
-        gradients = [parameter.grad for parameter in trained.values() if parameter.grad is not None]
-        if not _all_finite(gradients):
-            # Without gradients an optimizer leaves parameters and moments alone; a GradScaler that saw the same values skips the step
-            # itself.
-            for parameter in trained.values():
-                parameter.grad = None
+        stats = self.projector.before_step(optimizer)
+        if stats is None:
             self.skipped_steps += 1
-        elif mine:
-            metrics |= _summary([self._project(name, p.grad) for name, p in mine.items() if p.grad is not None])
+        else:
+            metrics |= self._metrics(stats)
+            metrics |= self._part_metrics(stats)
         metrics["skipped_steps"] = float(self.skipped_steps)
-        for key, value in metrics.items():
-            pl_module.log(f"projection/{self.name}/{key}", value, on_step=True, on_epoch=False)
+        self._log(pl_module, metrics)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Raise ``RuntimeError`` if an optimizer stepped past this callback."""
-        self._bypass.end_batch(trainer.global_step, self.firings, self._watched(pl_module))
+        """Log the applied update; raise ``RuntimeError`` if an optimizer stepped past this callback."""
+        self._bypass.end_batch(trainer.global_step, self.firings, self.projector.watched())
+        self._log(pl_module, self._update_metrics)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise ``RuntimeError`` if a whole fit never came by."""
-        self._bypass.end_fit()
+    # ------------------------------------------------------------------ evaluation under route
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate the weights that would be deployed."""
+        if not self._training_weights:
+            self._training_weights = self.projector.drop_parked()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put exactly the weights of training back."""
+        if trainer.training or trainer.sanity_checking:
+            self._restore_training_weights()
+
+    # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The direction, the counters and the source's state, as tensors, numbers, strings and lists."""
-        direction = None
-        if self.current is not None:
-            vectors = {name: rows.detach().cpu() for name, rows in self.current.vectors.items()}
-            direction = {"vectors": vectors, "metadata": json.dumps(self.current.metadata)}
-        source = self.source.state_dict() if self.source is not None else {}
-        return {"direction": direction, "firings": self.firings, "skipped_steps": self.skipped_steps, "source": source}
+        """The direction, the counters, what is parked and the source's state, as tensors, numbers, strings and lists."""
+        return {
+            "direction": None if self.current is None else _plain(self.current),
+            "given": None if self.given is None else self.given.fingerprint(),
+            "firings": self.firings,
+            "skipped_steps": self.skipped_steps,
+            "parked": {name: part.detach().cpu() for name, part in self.projector.parked.items()},
+            "training_weights": {name: part.cpu() for name, part in self._training_weights.items()},
+            "source": self.source.state_dict() if self.source is not None else {},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back :meth:`state_dict`.
@@ -174,15 +246,18 @@ class GradientProjectionCallback(Callback):
             ValueError: The config names a saved direction and the checkpoint was trained with another.
         """
         self.firings, self.skipped_steps = state_dict["firings"], state_dict["skipped_steps"]
-        saved = state_dict["direction"]
-        restored = None if saved is None else ConceptDirection(saved["vectors"], metadata=json.loads(saved["metadata"]))
         if self.source is not None:
             self.source.load_state_dict(state_dict["source"])
-        elif restored is not None and self.current is not None and not _same(restored, self.current):
+        elif self.given is not None and state_dict["given"] not in (None, self.given.fingerprint()):
             raise ValueError(
                 f"The checkpoint was trained with another direction than {self.name!r} is given now: resume with the same or start afresh."
             )
-        self.current = restored
+        saved = state_dict["direction"]
+        if saved is not None:
+            self.current = ConceptDirection(saved["vectors"], saved["space"], json.loads(saved["metadata"]))
+        self.projector.parked, self._training_weights = dict(state_dict["parked"]), dict(state_dict["training_weights"])
+
+    # ------------------------------------------------------------------ parts
 
     def _refresh(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Ask the source for a new direction; returns what there is to log about it."""
@@ -193,9 +268,9 @@ class GradientProjectionCallback(Callback):
         with timed("direction") if timed is not None else nullcontext():
             fresh = self.source.refresh(trainer, pl_module, trainer.global_step)
         if fresh is not None:
-            previous = self.current
-            self._adopt(fresh, trainer, pl_module, narrow=True)
-            if previous is not None and self.current is not None:
+            previous, self.current = self.current, self._bound(fresh, pl_module)
+            self._put_in_force(self.current, trainer, pl_module)
+            if previous is not None:
                 metrics["overlap"] = previous.overlap(self.current)
         if self.current is None:
             raise RuntimeError(
@@ -203,13 +278,14 @@ class GradientProjectionCallback(Callback):
             )
         return metrics | self.source.metrics()
 
-    def _adopt(self, direction: ConceptDirection, trainer: Trainer, pl_module: LightningModule, narrow: bool) -> None:
-        """Put a direction in force: checked, orthonormal, on the parameters' devices, rank 0's numbers everywhere."""
+    def _bound(self, direction: ConceptDirection, pl_module: LightningModule) -> ConceptDirection:
+        return bind_direction(direction, dict(pl_module.named_parameters()), self.rule, self.target, self.parameters)
+
+    def _put_in_force(self, direction: ConceptDirection, trainer: Trainer, pl_module: LightningModule) -> None:
+        """On the parameters' devices, rank 0's numbers everywhere."""
         parameters = dict(pl_module.named_parameters())
-        if narrow:
-            direction = direction.select(self.parameters).orthonormal() if self.parameters is not None else direction.orthonormal()
         direction.check_against({name: parameter.shape for name, parameter in parameters.items()})
-        trained = {key for optimizer in trainer.optimizers for key in _parameters_of(optimizer)}
+        trained = {key for optimizer in trainer.optimizers for key in parameters_of(optimizer)}
         for name in direction.vectors:
             if id(parameters[name]) not in trained:
                 raise ValueError(f"The direction has a vector for {name}, which no optimizer trains: narrow it with `parameters`.")
@@ -218,104 +294,48 @@ class GradientProjectionCallback(Callback):
             for rows in vectors.values():
                 torch.distributed.broadcast(rows, src=0)
         self.current = ConceptDirection(vectors, direction.space, direction.metadata)
+        self.projector.bind(self.current, parameters)
+        self.projector.parked = {name: part.to(parameters[name].device) for name, part in self.projector.parked.items()}
 
-    def _watched(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
-        """The parameters that the direction acts on."""
-        names = {} if self.current is None else self.current.vectors
-        return {name: parameter for name, parameter in pl_module.named_parameters() if name in names}
+    def _metrics(self, stats: dict[str, ProjectionStats]) -> dict[str, Tensor]:
+        half = self.rule.gate == "one_sided" and self.rule.push == 0
+        metrics = summarise(stats, self.projector.null_shares(), half)
+        return metrics | per_module(stats) if self.log_per_module else metrics
 
-    def _project(self, name: str, gradient: Tensor) -> ProjectionStats:
-        """Project one gradient in place."""
-        assert self.current is not None
-        if isinstance(gradient, DTensor) or gradient.is_sparse:
-            raise RuntimeError(
-                f"The gradient of {name} is {'sharded' if isinstance(gradient, DTensor) else 'sparse'}: it must be whole and dense."
-            )
-        projected, stats = project(
-            gradient,
-            self.current.vectors[name],
-            gate=self.gate,
-            overshoot=self.overshoot,
-            push=self.push,
-            preserve_magnitude=self.preserve_magnitude,
-            max_magnitude_factor=self.max_magnitude_factor,
-        )
-        gradient.copy_(projected)
-        return stats
+    def _part_metrics(self, stats: dict[str, ProjectionStats]) -> dict[str, float]:
+        """Each part's share of the sum over ranks, in units in which the shares add up to ``global_cos``."""
+        if not self.measure_parts or not stats:
+            return {}
+        norms = torch.stack([one.norm.float() for one in stats.values()])
+        scale = len(stats) ** 0.5 * float(torch.linalg.vector_norm(norms).clamp_min(1e-30))
+        totals: dict[str, float] = {}
+        for parts in gather_objects(self._parts):
+            for part, component in parts.items():
+                totals[part] = totals.get(part, 0.0) + component
+        self._parts, self._last_component = {}, 0.0
+        return {f"part/{part}/cos": component / scale for part, component in totals.items()}
 
+    def _log(self, pl_module: LightningModule, metrics: dict[str, Any]) -> None:
+        for key, value in metrics.items():
+            pl_module.log(f"projection/{self.name}/{key}", value, on_step=True, on_epoch=False)
 
-class _BypassGuard:
-    """Notices optimizer steps that ``on_before_optimizer_step`` never saw.
+    def _restore_training_weights(self) -> None:
+        self.projector.restore(self._training_weights)
+        self._training_weights = {}
 
-    Two ways past the hook are known: an optimizer that ignores its closure (steps are counted, the hook does not fire), and manual
-    optimisation with ``self.optimizers(use_pl_optimizer=False)`` (nothing is counted, but the parameters' version counters move).
-    """
-
-    def __init__(self) -> None:
-        self.reached = False
-        self._batches = 0
-        self._steps, self._firings, self._versions = 0, 0, 0
-
-    def begin_fit(self) -> None:
-        self.reached, self._batches = False, 0
-
-    def begin_batch(self, steps: int, firings: int, watched: dict[str, nn.Parameter]) -> None:
-        self._steps, self._firings, self._versions = steps, firings, _versions(watched)
-
-    def end_batch(self, steps: int, firings: int, watched: dict[str, nn.Parameter]) -> None:
-        self._batches += 1
-        unseen = (steps - self._steps) - (firings - self._firings)
-        if unseen > 0:
-            raise RuntimeError(
-                f"{unseen} optimizer step(s) bypassed GradientProjectionCallback: the optimizer ignores the closure that it is given; "
-                "call it in step(closure)."
-            )
-        if not self.reached and firings == self._firings and _versions(watched) != self._versions:
-            raise RuntimeError(
-                "Parameters changed without GradientProjectionCallback: the module steps a raw optimizer; use self.optimizers() without "
-                "use_pl_optimizer=False."
-            )
-
-    def end_fit(self) -> None:
-        if self._batches > 0 and not self.reached:
-            raise RuntimeError(
-                f"GradientProjectionCallback saw no optimizer step on its parameters in {self._batches} batches: nothing was projected; "
-                "step with self.optimizers() and without use_pl_optimizer=False."
-            )
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
 
-def _versions(watched: dict[str, nn.Parameter]) -> int:
-    """Sum of the counters that every in-place change of a tensor raises."""
-    return sum(parameter._version for parameter in watched.values())
+def _after_step(callback: GradientProjectionCallback, optimizer: Optimizer, *_: Any) -> None:
+    """Called by an optimizer when it has stepped. What is measured is logged at the end of the batch, where Lightning allows it."""
+    stats = callback.projector.after_step(optimizer)
+    if stats:
+        callback._update_metrics |= {f"update_{key}": value for key, value in callback._metrics(stats).items()}
 
 
-def _parameters_of(optimizer: Optimizer) -> dict[int, nn.Parameter]:
-    """The optimizer's parameters by identity."""
-    return {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
-
-
-def _all_finite(gradients: Iterable[Tensor]) -> bool:
-    """Whether every value is finite, with one transfer to the host (the maximum norm cannot overflow)."""
-    largest = [torch.linalg.vector_norm(gradient, float("inf")).float() for gradient in gradients]
-    return not largest or bool(torch.isfinite(torch.stack([norm.to(largest[0].device) for norm in largest])).all())
-
-
-def _summary(stats: list[ProjectionStats]) -> dict[str, Tensor]:
-    """Means over the projected matrices."""
-    if not stats:
-        return {}
-    device = stats[0].fired.device
-    columns = {
-        "cos_before": [one.cos_before for one in stats],
-        "cos_after": [one.cos_after for one in stats],
-        "removed_fraction": [one.removed_fraction for one in stats],
-        "fired_fraction": [one.fired for one in stats],
-    }
-    return {key: torch.stack([value.to(device).float() for value in values]).mean() for key, values in columns.items()}
-
-
-def _same(first: ConceptDirection, second: ConceptDirection) -> bool:
-    """Equal parameters and equal numbers."""
-    return first.vectors.keys() == second.vectors.keys() and all(
-        torch.equal(rows.cpu(), second.vectors[name].cpu()) for name, rows in first.vectors.items()
-    )
+def _plain(direction: ConceptDirection) -> dict[str, Any]:
+    vectors = {name: rows.detach().cpu() for name, rows in direction.vectors.items()}
+    return {"vectors": vectors, "space": direction.space, "metadata": json.dumps(direction.metadata)}

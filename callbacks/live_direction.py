@@ -26,7 +26,8 @@ from theodolite.callbacks.sequence_gradients import (
     require_pair_source,
     require_scorer,
 )
-from theodolite.functional.directions import ConceptDirection, check_method, gradient_difference
+from theodolite.functional.directions import ConceptDirection
+from theodolite.functional.extraction import check_method, gradient_difference
 from theodolite.protocols import OracleWindow, TokenSequence, Window
 from theodolite.seeds import derive_seed, run_seed
 

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from theodolite.functional.directions import ConceptDirection, gradient_difference, haar_random_like, match_names, orthonormal_rows
+from theodolite.functional.directions import ConceptDirection, match_names
+from theodolite.functional.extraction import gradient_difference, haar_random_like
+from theodolite.functional.subspaces import orthonormal_rows
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

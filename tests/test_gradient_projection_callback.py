@@ -17,14 +17,15 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from theodolite.callbacks.direction_sources import DirectionSource, GradientDifference, HaarRandom
 from theodolite.callbacks.gradient_projection import GradientProjectionCallback
 from theodolite.callbacks.live_direction import LiveGradientDifference, text_detector
-from theodolite.functional.directions import ConceptDirection, gradient_difference, haar_random_like
+from theodolite.functional.directions import ConceptDirection
+from theodolite.functional.extraction import gradient_difference, haar_random_like
 from theodolite.protocols import ContrastPair, OracleWindow, Reward, Rollout, TokenSequence, Window
 from theodolite.seeds import derive_seed
 
@@ -201,9 +202,9 @@ def test_parameters_outside_the_direction_are_untouched_bit_for_bit() -> None:
         assert torch.equal(before.gradients[0][name], after.gradients[0][name])
 
 
-def test_magnitude_of_each_matrix_is_preserved_by_default() -> None:
+def test_magnitude_of_each_matrix_is_preserved_when_asked() -> None:
     before, after = Recorder(), Recorder()
-    callback = GradientProjectionCallback(classifier_direction(), gate="two_sided")
+    callback = GradientProjectionCallback(classifier_direction(), gate="two_sided", preserve_magnitude=True)
     trainer_of(before, callback, after, steps=1).fit(Classifier(), batches())
     for name in ("net.0.weight", "net.2.weight"):
         assert not torch.equal(before.gradients[0][name], after.gradients[0][name])
@@ -379,11 +380,20 @@ def test_fit_without_any_step_is_found_out() -> None:
         trainer_of(GradientProjectionCallback(HaarRandom(k=1)), max_epochs=1, limit_train_batches=2).fit(Idle())
 
 
-@pytest.mark.parametrize("strategy", [ModelParallelStrategy, FSDPStrategy])
-def test_sharding_strategies_are_refused_in_one_sentence(strategy: type) -> None:
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_with_flat_shards_are_refused_in_one_sentence(strategy: type) -> None:
     stub: Any = SimpleNamespace(strategy=object.__new__(strategy))
-    with pytest.raises(ValueError, match=f"{strategy.__name__}: use a single device or DDP"):
+    with pytest.raises(ValueError, match=f"{strategy.__name__}: use a single device, DDP or ModelParallelStrategy"):
         GradientProjectionCallback(HaarRandom()).setup(stub, Classifier(), "fit")
+
+
+def test_what_sharded_weights_cannot_do_is_refused_before_training() -> None:
+    stub: Any = SimpleNamespace(strategy=object.__new__(ModelParallelStrategy))
+    with pytest.raises(ValueError, match="GradientDifference cannot extract from sharded weights"):
+        GradientProjectionCallback(GradientDifference()).setup(stub, Classifier(), "fit")
+    with pytest.raises(ValueError, match="route=True keeps whole parked weights"):
+        GradientProjectionCallback(HaarRandom(), apply_to="update", route=True).setup(stub, Classifier(), "fit")
+    GradientProjectionCallback(HaarRandom()).setup(stub, Classifier(), "fit")
 
 
 @pytest.mark.parametrize(

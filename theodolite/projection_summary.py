@@ -1,0 +1,55 @@
+"""What is logged of a projected step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from theodolite.functional.projection import ProjectionStats
+
+
+def summarise(stats: Mapping[str, ProjectionStats], null_shares: Mapping[str, float], gate_halves: bool) -> dict[str, Tensor]:
+    """What is logged of one step: means over the projected matrices, and cosines of all of them as one vector.
+
+    Args:
+        stats: By parameter name.
+        null_shares: :meth:`Projector.null_shares`.
+        gate_halves: The gate is one-sided, so that half of a random gradient's components stay outside.
+
+    Returns:
+        ``cos_before``, ``cos_after``, ``removed_fraction``, ``fired_fraction``, ``cin``, ``cin_after`` (means), ``cin_null`` (root mean
+        square for random gradients of these shapes), ``global_cos`` and ``global_cin`` (before the projection).
+    """
+    if not stats:
+        return {}
+    values = list(stats.values())
+    device = values[0].fired.device
+    columns = {
+        "cos_before": [one.cos_before for one in values],
+        "cos_after": [one.cos_after for one in values],
+        "removed_fraction": [one.removed_fraction for one in values],
+        "fired_fraction": [one.fired for one in values],
+        "cin": [one.cin for one in values],
+        "cin_after": [one.cin_after for one in values],
+    }
+    result = {key: torch.stack([value.to(device).float() for value in column]).mean() for key, column in columns.items()}
+    norms = torch.stack([one.norm.to(device).float() for one in values])
+    whole = torch.linalg.vector_norm(norms).clamp_min(1e-30)
+    result["global_cos"] = torch.stack([one.component.to(device).float() for one in values]).sum() / (len(values) ** 0.5 * whole)
+    result["global_cin"] = torch.linalg.vector_norm(torch.stack([one.cin.to(device).float() for one in values]) * norms) / whole
+    shares = [null_shares[name] for name in stats] if "" not in stats else [_flattened_share(null_shares)]
+    result["cin_null"] = torch.tensor((sum(shares) / len(shares) / (2 if gate_halves else 1)) ** 0.5)
+    return result
+
+
+def per_module(stats: Mapping[str, ProjectionStats]) -> dict[str, Tensor]:
+    """``<module>/<field>`` for the scalar fields of every parameter's statistics."""
+    wanted = ("cos_before", "cos_after", "cin", "removed_fraction")
+    return {f"{name.removesuffix('.weight')}/{field}": getattr(one, field).float() for name, one in stats.items() for field in wanted}
+
+
+def _flattened_share(null_shares: Mapping[str, float]) -> float:
+    """``k / n_total`` from ``k / n_p``: rows are shared, dimensions add up."""
+    return 1 / sum(1 / share for share in null_shares.values())
