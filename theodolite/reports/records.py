@@ -1,6 +1,6 @@
 """Reads a study directory into plain records. Files alone: nothing of what wrote them is imported.
 
-A study directory holds one directory per run (``run.json``, ``metrics.jsonl``, and where they exist ``config.yaml``, ``manifest.json`` and
+A study directory holds one directory per run (``run.json``, ``metrics.jsonl``, ``timings.jsonl``, and where they exist ``config.yaml``, ``manifest.json`` and
 ``rollouts/``) and ``timings.json``. What was not measured stays ``None`` here; no value is filled in, interpolated or guessed.
 """
 
@@ -156,7 +156,8 @@ def read_run(directory: Path) -> Run:
     about = _read_object(directory / "run.json")
     if not isinstance(about.get("arm"), str) or not isinstance(about.get("seed"), int):
         raise ValueError(f'{directory / "run.json"} must name its run: {{"arm": text, "seed": whole number, ...}}')
-    metrics, manifest = directory / "metrics.jsonl", directory / "manifest.json"
+    logs = [path for path in (directory / "metrics.jsonl", directory / "timings.jsonl") if path.is_file()]
+    manifest = directory / "manifest.json"
     return Run(
         directory=directory,
         arm=about["arm"],
@@ -166,7 +167,7 @@ def read_run(directory: Path) -> Run:
         command=str(about.get("command") or ""),
         configs=tuple(str(path) for path in about.get("config") or ()),
         seconds=_number(about.get("seconds")),
-        series=read_metrics(metrics) if metrics.is_file() else {},
+        series={key: values for path in logs for key, values in read_metrics(path).items()},
         manifest=_read_object(manifest) if manifest.is_file() else {},
     )
 
