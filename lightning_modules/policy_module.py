@@ -64,6 +64,8 @@ class PolicyModule(L.LightningModule):
         export: Save the trained policy as a plain ``transformers`` (or PEFT) folder ``policy/`` in the run directory.
     """
 
+    updates_per_window = 1
+
     def __init__(
         self,
         policy: str | dict[str, Any],
@@ -334,11 +336,11 @@ class PolicyModule(L.LightningModule):
             metrics = {f"{prefix}/{key}": value for key, value in rates(sums).items()}
             if self.trainer.sanity_checking and not whole_sanity_check:
                 continue
-            if self.trainer.sanity_checking:
-                for logger in self.trainer.loggers:
-                    logger.log_metrics(metrics, step=self.trainer.global_step)
-            else:
-                self.log_dict(metrics | {"step": float(self.trainer.global_step)}, rank_zero_only=False, sync_dist=False)
+            # Handed to the loggers directly, at the number of batches behind it: logged as a metric, "step" would also rename checkpoints.
+            for logger in self.trainer.loggers:
+                logger.log_metrics(metrics, step=self.trainer.global_step // self.updates_per_window)
+            if not self.trainer.sanity_checking:
+                self.log_dict(metrics, logger=False, rank_zero_only=False, sync_dist=False)
             if self.global_rank == 0:
                 path = Path(self.trainer.default_root_dir) / "rollouts" / f"step_{self.trainer.global_step:06d}_{stage}_{name}.parquet"
                 write_completions(rows, path)

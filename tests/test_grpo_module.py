@@ -304,7 +304,7 @@ class Peeker(Callback):
 def test_only_a_callback_that_asks_by_name_sees_verdicts_and_it_is_announced(tmp_path: Path, caplog: Any) -> None:
     blind, peeker = Order(), Peeker()
     with caplog.at_level("INFO", logger="lightning.pytorch"):
-        module, _ = fitted(tmp_path, blind, peeker, steps=1)
+        fitted(tmp_path, blind, peeker, steps=1)
     assert blind.windows == [Window]
     assert len(peeker.labels) == 16
     assert set(peeker.labels) <= {"correct", "reward_hack", "incorrect"}
@@ -412,7 +412,7 @@ def test_dropout_is_off_in_every_forward_pass(tmp_path: Path) -> None:
     torch.testing.assert_close(calls[0]["reference"], calls[0]["now"], atol=1e-5, rtol=0)
 
 
-# -- windows without signal ------------------------------------------------------------------------------------------------------------------
+# -- windows without signal ---------------------------------------------------------------------------------------------------------------
 
 
 class Spoil(Callback):
@@ -461,7 +461,7 @@ def test_unscorable_samples_leave_advantages_denominators_and_rates() -> None:
     assert 14 not in [i for microbatch in module.microbatches(w, torch.ones(16)) for i in microbatch]
 
 
-# -- configs that cannot work -----------------------------------------------------------------------------------------------------------------
+# -- configs that cannot work -------------------------------------------------------------------------------------------------------------
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"group_size": 1}, "at least 2 completions"),

@@ -235,3 +235,35 @@ class KillInWindow(Callback):
     def on_advantages(self, trainer: Trainer, pl_module: LightningModule, window: Window) -> None:
         if window.step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def config(folder: Path, name: str, model: dict[str, Any], data: dict[str, Any], **trainer: Any) -> str:
+    """A config file for the command line; ``model`` and ``data`` are init_args, with their ``class_path`` among them."""
+    fixed = {"accelerator": "cpu", "max_epochs": -1, "log_every_n_steps": 1, "enable_progress_bar": False, "enable_model_summary": False}
+    validation = {"num_sanity_val_steps": -1, "check_val_every_n_epoch": None}
+    parts = {key: {"class_path": value.pop("class_path"), "init_args": value} for key, value in (("model", model), ("data", data))}
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps({"seed_everything": 5, **parts, "trainer": fixed | validation | trainer}))
+    return str(path)
+
+
+def grpo(**settings: Any) -> dict[str, Any]:
+    """``init_args`` of a tiny GRPO module."""
+    tiny: dict[str, Any] = {"policy": POLICIES["qwen3"], "train_tokenizer": {"vocab_size": 280}, "max_new_tokens": 12, "group_size": 4}
+    return {"class_path": "theodolite.lightning_modules.GRPOModule", "lr": 1e-3} | tiny | settings
+
+
+def sft(**settings: Any) -> dict[str, Any]:
+    """``init_args`` of a tiny SFT module."""
+    tiny: dict[str, Any] = {"policy": POLICIES["qwen3"], "train_tokenizer": {"vocab_size": 280}, "max_new_tokens": 12}
+    return {"class_path": "theodolite.lightning_modules.SFTModule", "lr": 3e-3} | tiny | settings
+
+
+def prompts(**settings: Any) -> dict[str, Any]:
+    """``init_args`` of the tiny datamodule."""
+    return {"class_path": "tiny_policies.TinyPrompts"} | settings
+
+
+def callback(path: str, **settings: Any) -> dict[str, Any]:
+    """A callback's entry in a config."""
+    return {"class_path": path, "init_args": settings}

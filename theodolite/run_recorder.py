@@ -83,9 +83,10 @@ class RunRecorder(Callback):
         write_json_atomic(self.file("manifest", ".json"), content)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say the batch arithmetic, and continue a resumed run's metrics and learning rate."""
+        """Say the batch arithmetic, and continue a resumed run's metrics, learning rate and validation."""
         self._continue_metrics(trainer)
         self._continue_lr(trainer, pl_module)
+        self._continue_validation(trainer)
         arithmetic = getattr(pl_module, "batch_arithmetic", None)
         if arithmetic is None or not trainer.is_global_zero:
             return
@@ -120,10 +121,14 @@ class RunRecorder(Callback):
         self._unlogged = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store the number of rows on disk and the row still to come."""
+        """Store the number of rows on disk, the row still to come, and whether the batch's validation is."""
         logger = _run_logger(trainer)
         if logger is not None:
-            checkpoint[CHECKPOINT_KEY] = {"rows": logger.row_count(), "pending": self._pending_row(trainer)}
+            checkpoint[CHECKPOINT_KEY] = {
+                "rows": logger.row_count(),
+                "pending": self._pending_row(trainer),
+                "validation_due": self._unlogged == "batch" and _validation_due(trainer),
+            }
 
     def _pending_row(self, trainer: Trainer) -> dict[str, Any] | None:
         connector = trainer._logger_connector
@@ -156,6 +161,19 @@ class RunRecorder(Callback):
             logger.keep_rows(self._restored["rows"])
             if self._restored["pending"]:
                 logger.log_metrics(**self._restored["pending"])
+
+    def _continue_validation(self, trainer: Trainer) -> None:
+        """Run the validation that was due when the checkpoint was saved: Lightning takes it for done."""
+        if not (self._restored or {}).get("validation_due"):
+            return
+        connector = trainer._logger_connector
+        first = connector._first_loop_iter
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        loop.restarting = False  # from its first batch: the restored progress is that of the validation before
+        trainer.validating = True
+        loop.run()
+        trainer.training = True
+        connector._first_loop_iter = first
 
     def _continue_lr(self, trainer: Trainer, pl_module: LightningModule) -> None:
         lr = getattr(pl_module, "lr", None)
@@ -197,6 +215,12 @@ def seeds_of(config: Any, prefix: str = "") -> dict[str, int]:
             found[name] = value
         found |= seeds_of(value, f"{name}.")
     return found
+
+
+def _validation_due(trainer: Trainer) -> bool:
+    """Whether validation follows the batch that has just ended."""
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    return fetcher is not None and loop._should_check_val_fx(fetcher)
 
 
 def _run_logger(trainer: Trainer) -> RunLogger | None:
