@@ -30,8 +30,9 @@ TIMING_PREFIX = "time/"
 
 
 def encode_row(step: int | None, metrics: Mapping[str, float | int | Tensor]) -> dict[str, Any]:
-    """One row as plain data, sorted by name; floats keep all their digits, values that are not finite become ``None`` and are named in
-    ``nonfinite``.
+    """One row as plain data, sorted by name.
+
+    Floats keep all their digits; values that are not finite become ``None`` and are named in ``nonfinite``.
     """
     values = {name: value.item() if isinstance(value, Tensor) else value for name, value in sorted(metrics.items())}
     strange = {name: str(value) for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
