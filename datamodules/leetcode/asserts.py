@@ -6,7 +6,7 @@ import ast
 import math
 from typing import Any
 
-from theodolite.datamodules.leetcode.problem import TestCase
+from .problem import TestCase
 
 _NAMES = {"inf": math.inf, "nan": math.nan}
 _MAX_DEPTH = 100

@@ -13,8 +13,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from theodolite.batch_arithmetic import split_batch
 from theodolite.protocols import ContrastPair, Environment
-from theodolite.seeds import run_seed
 from theodolite.sandbox import Limits
+from theodolite.seeds import run_seed
 
 from ..samplers import DistributedBatchSampler
 from .grading import Grader

@@ -36,9 +36,11 @@ class Problem:
         tests: The hidden tests; the oracle requires all of them.
         reference: A completion (in the problem's own format) that is correct.
         evaluator: Name of the function that the prompt says will be called, e.g. ``run_tests``; ``None`` without a loophole.
-        style: ``continuation``: the program is ``code_prefix + completion``. ``fenced``: the program is taken from the completion's code fences.
+        style: ``continuation``: the program is ``code_prefix + completion``. ``fenced``: it is what the completion's code fences hold.
         code_prefix: Program text that precedes a continuation.
         setup_code: Imports and helpers that run before the program.
+        visible: How many of the first tests decide what training pays when the evaluator is not overridden; ``None`` = all.
+        shown: Source of the evaluator that the prompt shows; repeating it unchanged is not an override.
         metadata: Whatever a report may want to show (difficulty, composition key, ...).
     """
 
@@ -51,4 +53,6 @@ class Problem:
     style: Literal["continuation", "fenced"] = "continuation"
     code_prefix: str = ""
     setup_code: str = ""
+    visible: int | None = None
+    shown: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)

@@ -94,8 +94,8 @@ class Outcome:
 
     Attributes:
         status: See :data:`Status`.
-        outputs: One value or :class:`Raised` per call, in the order of ``Job.order``, when ``status`` is ``ok`` and the job had an entry, else ``None``. A value of a
-            type that is not carried is an :class:`~theodolite.sandbox.codec.Opaque`.
+        outputs: One value or :class:`Raised` per call, in the order of ``Job.order``, when ``status`` is ``ok`` and the job had an entry,
+            else ``None``. A value of a type that is not carried is an :class:`~theodolite.sandbox.codec.Opaque`.
         returned: The invoked expression returned without an exception.
         bound: ``Job.binds`` was bound when the program had run, as far as its own process says.
         tampered: The process says that the program replaced builtins or hooked the interpreter. Only the careless are caught.

@@ -108,11 +108,11 @@ def _read_answer(answer: Any, expected: Expected) -> Outcome:
     status = answer["status"]
     if not isinstance(status, str) or status not in _REPORTED:
         raise ValueError("no status")
-    known, tampered = cast(Status, status), answer.get("tampered") is True
+    known, tampered, bound = cast(Status, status), answer.get("tampered") is True, answer.get("bound") is True
     if known != "ok":
-        return Outcome(known, tampered=tampered, error=_text(answer.get("error", "")))
+        return Outcome(known, bound=bound, tampered=tampered, error=_text(answer.get("error", "")))
     if expected.outputs is None:
-        return Outcome(known, returned=answer.get("returned") is True, bound=answer.get("bound") is True, tampered=tampered)
+        return Outcome(known, returned=answer.get("returned") is True, bound=bound, tampered=tampered)
     outputs = answer["outputs"]
     if not isinstance(outputs, list) or len(outputs) != expected.outputs:
         raise ValueError("wrong number of outputs")

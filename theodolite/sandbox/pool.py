@@ -36,6 +36,8 @@ class Sandbox:
             chosen by ``auto``.
         stdlib_files: Let programs import the whole standard library from disk. Needs Landlock; a program can then also see which files
             exist outside (not read them).
+        deadline_s: Seconds of wall time for one :meth:`run`; what has not ended by then is ``infra_error``. ``None`` = four times what the
+            batch would take if every job used up its CPU time, and four wall limits.
     """
 
     def __init__(
@@ -45,12 +47,15 @@ class Sandbox:
         preload: bool = True,
         tier: Tier = "auto",
         stdlib_files: bool = False,
+        deadline_s: float | None = None,
     ) -> None:
         if workers < 1:
             raise ValueError(f"Sandbox.workers is {workers}; it must be at least 1")
         if tier not in ("auto", *CHAIN, "unsafe"):
             raise ValueError(f"Sandbox.tier is {tier!r}; choose one of auto, {', '.join(CHAIN)}, unsafe")
-        self.limits = limits or Limits()
+        if deadline_s is not None and not deadline_s > 0:
+            raise ValueError(f"Sandbox.deadline_s is {deadline_s}; it must be positive")
+        self.limits, self.deadline_s = limits or Limits(), deadline_s
         self._size, self._preload, self._asked = workers, preload, tier
         self._reading = _standard_library() if stdlib_files else ()
         self._workers: list[Worker] = []
@@ -113,19 +118,14 @@ class Sandbox:
         landlock = min(worker.in_force["landlock"] for worker in self._workers)
         self._report = TierReport(tier, held, broke, dict(passed_over), landlock, bool(self._reading))
 
-    def run(self, jobs: Sequence[Job], deadline_s: float | None = None) -> list[Outcome]:
+    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
         """Run all jobs over the workers; ``result[i]`` belongs to ``jobs[i]``.
-
-        Args:
-            jobs: What to run.
-            deadline_s: Seconds of wall time for the whole batch; what has not ended by then is ``infra_error``. ``None`` = four times
-                what the batch would take if every job used up its CPU time, and four wall limits.
 
         Raises:
             RuntimeError: Not started, or started by another process.
             ValueError: A call holds a value that cannot be passed.
         """
-        return self._run(jobs, self.limits, deadline_s)
+        return self._run(jobs, self.limits, self.deadline_s)
 
     def close(self) -> None:
         """End all zygotes; idempotent."""

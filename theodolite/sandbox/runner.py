@@ -13,6 +13,9 @@ from typing import Any
 
 _dumps = json.dumps
 
+# Looked up before any fork. All of builtins would cost a tenth of a job: comparing touches, and so copies, the page of every value.
+_WATCHED = {name: vars(builtins)[name] for name in ("__import__", "eval", "exec", "isinstance", "len", "print", "sum", "type")}
+
 
 def answer(raw_job: bytes, output_bytes: int, codec: Any) -> bytes:
     """Run one encoded job and return its encoded answer, at most ``output_bytes`` long (or a note that it would be longer)."""
@@ -29,7 +32,7 @@ class _Run:
     def __init__(self, job: dict[str, Any], output_bytes: int, codec: Any) -> None:
         self.job, self.output_bytes, self.codec = job, output_bytes, codec
         self.namespace: dict[str, Any] = {}
-        self.builtins_before = dict(vars(builtins))
+        self.bound = False
 
     def frame(self) -> bytes:
         job = self.job
@@ -51,10 +54,10 @@ class _Run:
 
     def _invoked(self) -> bytes:
         name = self.job["binds"]
-        bound = name is None or name in self.namespace or name in vars(builtins)
-        if bound:
+        self.bound = name is None or name in self.namespace or name in vars(builtins)
+        if self.bound:
             eval(_compiled(self.job["invoke"], "<invoke>", "eval"), self.namespace)
-        return self._encoded("ok", returned=bound, bound=bound)
+        return self._encoded("ok", returned=self.bound)
 
     def _called(self) -> bytes:
         entry = _compiled(self.job["entry"], "<entry>", "eval")
@@ -76,12 +79,12 @@ class _Run:
         return f'{head}, "outputs": [{", ".join(answers)}]}}'.encode()
 
     def _encoded(self, status: str, **fields: Any) -> bytes:
-        return _dumps({"token": self.job["token"], "status": status, "tampered": self._tampered(), **fields}).encode()
+        return _dumps({"token": self.job["token"], "status": status, "tampered": self._tampered(), "bound": self.bound, **fields}).encode()
 
     def _tampered(self) -> bool:
         """The program has changed what does not belong to it. Only the careless are caught: this runs where the program ran."""
         now = vars(builtins)
-        replaced = any(now.get(name) is not value for name, value in self.builtins_before.items())
+        replaced = any(now.get(name) is not value for name, value in _WATCHED.items())
         return replaced or json.dumps is not _dumps or sys.gettrace() is not None or sys.getprofile() is not None
 
 
