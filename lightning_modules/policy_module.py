@@ -6,12 +6,14 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -276,6 +278,13 @@ class PolicyModule(L.LightningModule):
         seeds = [[derive_seed(self.run_seed, *purpose, row.id, i) for i in range(n)] for row in rows]
         return prompts, self.engine.generate(prompts, sampling, seeds)
 
+    def complete(self, prompts: Sequence[str | Chat], n: int, seed: int, greedy: bool = False) -> list[list[str]]:
+        """``n`` completions of every prompt, drawn as in evaluation, or greedily; a function of prompt, seed and weights."""
+        sampling = replace(self.eval_sampling, top_k=1) if greedy else self.eval_sampling
+        seeds = [[derive_seed(seed, "completion", p, i) for i in range(n)] for p in range(len(prompts))]
+        groups = self.engine.generate([self.encode_prompt(prompt) for prompt in prompts], sampling, seeds)
+        return [[self.decode(sample.ids) for sample in group] for group in groups]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a completion without special tokens."""
         return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -336,11 +345,14 @@ class PolicyModule(L.LightningModule):
             metrics = {f"{prefix}/{key}": value for key, value in rates(sums).items()}
             if self.trainer.sanity_checking and not whole_sanity_check:
                 continue
-            # Handed to the loggers directly, at the number of batches behind it: logged as a metric, "step" would also rename checkpoints.
-            for logger in self.trainer.loggers:
-                logger.log_metrics(metrics, step=self.trainer.global_step // self.updates_per_window)
-            if not self.trainer.sanity_checking:
-                self.log_dict(metrics, logger=False, rank_zero_only=False, sync_dist=False)
+            step = self.trainer.global_step // self.updates_per_window
+            if self.trainer.state.fn != TrainerFn.FITTING:
+                self.log_dict(metrics | {"step": float(step)}, rank_zero_only=False, sync_dist=False)
+            else:  # straight to the loggers: a metric called "step" would rename the checkpoints of the fit
+                for logger in self.trainer.loggers:
+                    logger.log_metrics(metrics, step=step)
+                if not self.trainer.sanity_checking:
+                    self.log_dict(metrics, logger=False, rank_zero_only=False, sync_dist=False)
             if self.global_rank == 0:
                 path = Path(self.trainer.default_root_dir) / "rollouts" / f"step_{self.trainer.global_step:06d}_{stage}_{name}.parquet"
                 write_completions(rows, path)

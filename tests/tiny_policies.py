@@ -101,7 +101,7 @@ class TextGrader:
         return [self.one(row, text) for row, text in zip(rows, completions, strict=True)]
 
     def one(self, row: Row, text: str) -> Grade:
-        number = derive_seed("grade", row.id, text)
+        number = derive_seed("grade", row.id, text.encode().hex())
         if self.rewards == "all_nan" or (self.rewards == "nan" and number % 3 == 0):
             return Grade(Reward(float("nan"), False, False), Verdict(False, "ungraded", "infra_error", False))
         value = 1.0 if self.rewards == "constant" else number % 5 / 4

@@ -17,7 +17,12 @@ def derive_seed(*parts: int | str) -> int:
 
     Returns:
         An integer in ``[0, 2**63)``.
+
+    Raises:
+        ValueError: If a string holds the control character U+001F, which separates the parts.
     """
+    if any(isinstance(part, str) and "\x1f" in part for part in parts):
+        raise ValueError(f"The parts {parts!r} of a seed hold the control character U+001F, which separates them; leave it out.")
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 

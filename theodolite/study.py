@@ -12,15 +12,17 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from theodolite.provenance import write_json_atomic
+from theodolite.provenance import file_hash, write_json_atomic
 
 RUN_RECORD = "run.json"
 """Written last: its presence says that the run is complete."""
@@ -53,14 +55,23 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether an earlier call has finished it with the same arguments."""
+        """Whether an earlier call has finished it with the same arguments and the same content of the configs that they name."""
         path = self.run_dir / RUN_RECORD
-        return path.is_file() and json.loads(path.read_text())["args"] == list(self.args)
+        if not path.is_file():
+            return False
+        record = json.loads(path.read_text())
+        return (record.get("args"), record.get("configs")) == (list(self.args), config_hashes(self.args))
 
     def steps_done(self) -> int:
-        """Training rows logged so far."""
+        """Training batches done, as far as they are logged."""
         path = self.run_dir / "metrics.jsonl"
-        return sum("train/loss" in line for line in path.read_text().splitlines()) if path.is_file() else 0
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # the last is empty, or still being written
+        return max((json.loads(line)["step"] + 1 for line in lines if '"train/' in line), default=0)
+
+
+def config_hashes(args: Sequence[str]) -> dict[str, str]:
+    """Content hash of every file that a ``--config=`` of a command line names."""
+    return {arg: file_hash(Path(arg.removeprefix("--config="))) for arg in args if arg.startswith("--config=")}
 
 
 def run_job(job: Job) -> None:
@@ -69,7 +80,7 @@ def run_job(job: Job) -> None:
     Raises:
         SystemExit: Always; 0 when the run is complete.
     """
-    _die_with_parent()
+    _die_with_study()
     job.run_dir.mkdir(parents=True, exist_ok=True)
     with open(job.run_dir / "log.txt", "w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
@@ -85,7 +96,7 @@ def run_job(job: Job) -> None:
 def _run(job: Job) -> None:
     from theodolite.cli import TheodoliteCLI, check_args, import_rooms
 
-    start = time.perf_counter()
+    start, configs = time.perf_counter(), config_hashes(job.args)
     import_rooms()
     args = [*job.args, f"--run_dir={job.run_dir}"]
     check_args(args)
@@ -94,6 +105,7 @@ def _run(job: Job) -> None:
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     record = job.record | {
         "args": list(job.args),
+        "configs": configs,
         "command": shlex.join(["theodolite", *args]),
         "seconds": round(time.perf_counter() - start, 3),
     }
@@ -113,12 +125,17 @@ def run_jobs(jobs: Sequence[Job], processes: int, watch: Callable[[Sequence[Job]
 
     Returns:
         One sentence per failed job.
+
+    Raises:
+        ValueError: If two jobs share a folder.
     """
+    if len({job.run_dir for job in jobs}) < len(jobs):
+        raise ValueError("Two runs of the study have the same folder; give each its own run_dir.")
     os.environ["OMP_NUM_THREADS"] = "1"  # read when the server imports torch
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["theodolite.cli", "theodolite.reports"])
     waiting = [job for job in jobs if not job.done]
-    running: dict[str, tuple[Job, ForkServerProcess]] = {}
+    running: dict[Path, tuple[Job, ForkServerProcess]] = {}
     failures: list[str] = []
     try:
         while waiting or running:
@@ -127,14 +144,14 @@ def run_jobs(jobs: Sequence[Job], processes: int, watch: Callable[[Sequence[Job]
                 clear_run(job.run_dir)
                 process = context.Process(target=run_job, args=(job,), daemon=False)
                 process.start()
-                running[job.name] = (job, process)
+                running[job.run_dir] = (job, process)
             time.sleep(0.2)
-            for name, (job, process) in list(running.items()):
+            for run_dir, (job, process) in list(running.items()):
                 if process.exitcode is None:
                     continue
-                del running[name]
+                del running[run_dir]
                 if process.exitcode != 0 or not job.done:
-                    failures.append(f"{name} failed with exit code {process.exitcode}; see {job.run_dir / 'log.txt'}.")
+                    failures.append(f"{job.name} failed with exit code {process.exitcode}; see {job.run_dir / 'log.txt'}.")
                 watch([j for j, _ in running.values()], job)
             watch([j for j, _ in running.values()], None)
     finally:
@@ -152,7 +169,15 @@ def clear_run(run_dir: Path) -> None:
         path.unlink()
 
 
-def _die_with_parent() -> None:
-    """A run must not outlive the study that started it, not even after kill -9 (Linux; elsewhere it would)."""
+def _die_with_study() -> None:
+    """A run must not outlive the study that started it, not even after kill -9: neither the study itself nor the server between them."""
+    study = multiprocessing.parent_process()
+    if study is not None:
+        threading.Thread(target=_wait_and_die, args=(study.sentinel,), daemon=True).start()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _wait_and_die(sentinel: int) -> None:
+    wait([sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
