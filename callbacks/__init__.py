@@ -1,6 +1,21 @@
 """What is done to training, and measured of it."""
 
+from typing import Any
+
+from theodolite.callbacks.activation_probe import ActivationProbe
+from theodolite.callbacks.direction_checks import DirectionChecks
 from theodolite.callbacks.direction_sources import DirectionSource, GradientDifference, HaarRandom
 from theodolite.callbacks.gradient_projection import GradientProjectionCallback
 from theodolite.callbacks.live_direction import LiveGradientDifference
 from theodolite.callbacks.rebound import ReboundCallback
+from theodolite.callbacks.residual_direction import ResidualDifference
+from theodolite.callbacks.rollout_features import RolloutFeatures
+
+
+def __getattr__(name: str) -> Any:
+    # transformers' Trainer takes seconds to import, and only its own users need it
+    if name == "ProjectionTrainerCallback":
+        from theodolite.callbacks.trainer_callback import ProjectionTrainerCallback
+
+        return ProjectionTrainerCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

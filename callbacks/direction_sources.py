@@ -6,24 +6,33 @@ The live source, which refreshes its pairs from rollouts, is in :mod:`theodolite
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from theodolite.callbacks.detectors import text_detector
+from theodolite.callbacks.direction_checks import DEFAULT_CHECKS, DirectionChecks, check_separation, gradient_scores, steering_rates,
+stepped_towards from theodolite.callbacks.pair_sets import CleanSide, PairSet, pair_set, require_completer
 from theodolite.callbacks.sequence_gradients import (
     TokenPair,
     contrast_pairs,
-    encode_pairs,
     matrix_names,
     pair_gradient,
-    pair_set_hash,
     require_pair_source,
     require_scorer,
 )
 from theodolite.functional.directions import ConceptDirection
-from theodolite.functional.extraction import check_method, gradient_difference, haar_random_like
+from theodolite.functional.extraction import (
+    Control,
+    apply_control,
+    check_control,
+    check_method,
+    gradient_difference,
+    haar_random_like,
+)
 from theodolite.protocols import Window
 from theodolite.seeds import run_seed
 
@@ -68,18 +77,24 @@ class DirectionSource(ABC):
 class GradientDifference(DirectionSource):
     """``v_p`` = mean or top singular vectors of ``grad NLL(concept) - grad NLL(clean)``, normalised per weight matrix.
 
-    Losses are sums over completion tokens, as in the live loss (a common denominator disappears in the normalisation).
+    The reduction over tokens is that of the live loss: sums where the module's loss sums them over a common denominator (which disappears
+    in the normalisation), means per completion where its ``aggregation`` is ``grpo``.
 
     Args:
-        n_pairs: Contrastive pairs.
+        n_pairs: Contrastive pairs to extract from.
         method: ``mean`` (one batched backward) or ``svd`` (one backward per pair).
         k: Rows per matrix; 1 for ``mean``.
         pairs: JSONL file of pairs, ``{"prompt", "concept", "clean"}`` per line; None asks ``trainer.datamodule.contrast_pairs(n_pairs,
             seed)``.
-        seed: Seed of the datamodule's pairs; None = the run's ``seed_everything``.
+        clean_side: ``given``, or ``base`` for the policy's own greedy completion in the clean side's place.
+        control: ``none``, ``haar``, ``shuffled``, ``placebo`` or ``reversed`` (:mod:`theodolite.functional.extraction`).
+        normalize: ``tensor``, or ``none`` so that a flattened target weighs matrices as the pairs do.
+        noise_floor: For ``svd``: the share of the lowest pooled singular values to drop.
+        seed: Seed of the datamodule's pairs and of a control; None = the run's ``seed_everything``.
         parameters: Glob patterns of parameter names; None takes every trainable 2-dimensional parameter.
         refresh_every: Score the same pairs again under the current weights every so many optimizer steps; None keeps the base policy's.
         chunk_size: Sequences per backward pass.
+        checks: What the direction has to show on held-out pairs before training.
 
     Raises:
         ValueError: Contradictory settings.
@@ -91,20 +106,30 @@ class GradientDifference(DirectionSource):
         method: Literal["mean", "svd"] = "mean",
         k: int = 1,
         pairs: str | None = None,
+        clean_side: CleanSide = "given",
+        control: Control = "none",
+        normalize: Literal["tensor", "none"] = "tensor",
+        noise_floor: float = 0.0,
         seed: int | None = None,
         parameters: list[str] | None = None,
         refresh_every: int | None = None,
         chunk_size: int = 32,
+        checks: DirectionChecks = DEFAULT_CHECKS,
     ) -> None:
         check_method(method, k)
+        check_control(control)
         if n_pairs < k or chunk_size < 1 or (refresh_every is not None and refresh_every < 1):
             raise ValueError(
                 f"n_pairs={n_pairs} (at least k={k}), chunk_size={chunk_size} and refresh_every={refresh_every} must be positive."
             )
         self.method: Literal["mean", "svd"] = method
-        self.n_pairs, self.k, self.seed = n_pairs, k, run_seed(seed)
+        self.clean_side: CleanSide = clean_side
+        self.normalize: Literal["tensor", "none"] = normalize
+        self.n_pairs, self.k, self.seed, self.control, self.noise_floor = n_pairs, k, run_seed(seed), control, noise_floor
         self.pairs, self.parameters, self.refresh_every, self.chunk_size = pairs, parameters, refresh_every, chunk_size
-        self._encoded: list[TokenPair] | None = None
+        self.checks = checks
+        self._pairs: PairSet | None = None
+        self._validation: dict[str, Any] = {}
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The module scores sequences, the patterns match, and there is somewhere to take pairs from."""
@@ -113,11 +138,21 @@ class GradientDifference(DirectionSource):
         if self.pairs is None:
             require_pair_source(trainer)
         else:
-            contrast_pairs(trainer, self.pairs, self.n_pairs, self.seed)
+            contrast_pairs(trainer, self.pairs, self.n_pairs + self.checks.held_out, self.seed)
+        if self.clean_side == "base" or self.control == "placebo" or self.checks.steering_alphas:
+            require_completer(pl_module)
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> ConceptDirection:
-        """Extract from the weights as they are now."""
-        return self._extract(trainer, pl_module, trainer.global_step)
+        """Extract from the weights as they are now, and validate.
+
+        Raises:
+            ValueError: The direction does not separate held-out pairs.
+        """
+        direction = self._extract(trainer, pl_module, trainer.global_step)
+        pairs = self._pair_set(trainer, pl_module)
+        self._validation = check_separation(self.checks, lambda sequences: gradient_scores(trainer, pl_module, direction, sequences), pairs)
+        facts: dict[str, Any] = {"separation": self._validation, "steering": self._steering(pl_module, direction, pairs)}
+        return ConceptDirection(direction.vectors, direction.space, {**direction.metadata, "validation": facts})
 
     def refresh(self, trainer: Trainer, pl_module: LightningModule, step: int) -> ConceptDirection | None:
         """Extract again every ``refresh_every`` steps."""
@@ -126,17 +161,32 @@ class GradientDifference(DirectionSource):
         return self._extract(trainer, pl_module, step)
 
     def metrics(self) -> dict[str, float]:
-        """The number of pairs."""
-        return {"pairs": float(self.n_pairs)}
+        """The number of pairs, and accuracy and AUC on the held-out ones (after a resume only the former)."""
+        measured = {f"held_out_{key}": float(self._validation[key]) for key in ("accuracy", "auc") if key in self._validation}
+        return {"pairs": float(self.n_pairs)} | measured
+
+    def _pair_set(self, trainer: Trainer, pl_module: LightningModule) -> PairSet:
+        if self._pairs is None:
+            held_out = self.checks.held_out
+            self._pairs = pair_set(trainer, pl_module, self.pairs, self.n_pairs, held_out, self.seed, self.clean_side, self.control)
+        return self._pairs
 
     def _extract(self, trainer: Trainer, pl_module: LightningModule, step: int) -> ConceptDirection:
-        if self._encoded is None:
-            scorer = require_scorer(pl_module)
-            self._encoded = encode_pairs(scorer, contrast_pairs(trainer, self.pairs, self.n_pairs, self.seed))
+        pairs = self._pair_set(trainer, pl_module)
         names = matrix_names(pl_module, self.parameters)
-        metadata = {"source": "gradient_difference", "step": step, "n_pairs": self.n_pairs, "pair_set_sha256": pair_set_hash(self._encoded)}
-        differences = pair_differences(trainer, pl_module, self._encoded, names, self.method, self.chunk_size)
-        return gradient_difference(differences, self.method, self.k, metadata)
+        differences = pair_differences(trainer, pl_module, pairs.fit, names, self.method, self.chunk_size)
+        facts = {"source": "gradient_difference", "step": step, **pairs.facts}
+        direction = gradient_difference(differences, self.method, self.k, facts, normalize=self.normalize, noise_floor=self.noise_floor)
+        return apply_control(direction, self.control, self.seed)
+
+    def _steering(self, pl_module: LightningModule, direction: ConceptDirection, pairs: PairSet) -> dict[str, Any]:
+        random = haar_random_like(direction, seed=self.seed)
+        prompts = [pair.prompt for pair in pairs.held_out_text]
+
+        def steered(alpha: float, at_random: bool) -> AbstractContextManager[None]:
+            return stepped_towards(pl_module, random if at_random else direction, alpha)
+
+        return steering_rates(pl_module, self.checks, prompts, text_detector(self.checks.detector), steered, self.seed)
 
 
 class HaarRandom(DirectionSource):
@@ -170,5 +220,6 @@ def pair_differences(
 ) -> dict[str, Tensor]:
     """What :func:`gradient_difference` takes: for ``mean`` the sum as one row, for ``svd`` one row per pair."""
     groups = [pairs] if method == "mean" else [[pair] for pair in pairs]
-    gradients = [pair_gradient(trainer, pl_module, group, names, chunk_size) for group in groups]
+    per_token = getattr(pl_module, "aggregation", None) == "grpo"  # that live loss is a mean over each completion's tokens
+    gradients = [pair_gradient(trainer, pl_module, group, names, chunk_size, per_token) for group in groups]
     return {name: torch.stack([gradient[name] for gradient in gradients]) for name in names}

@@ -100,7 +100,8 @@ class GradientProjectionCallback(Callback):
         )
         self.plan = StepPlan(apply_to, purge_moments, route, measure_update)
         self.projector = Projector(self.rule, self.plan)
-        self.direction, self.parameters, self.target, self.name = direction, parameters, target, name
+        self.direction, self.parameters, self.name = direction, parameters, name
+        self.target: Target = target
         self.measure_parts, self.log_per_module, self.check_model = measure_parts, log_per_module, check_model
         self.source = direction if isinstance(direction, DirectionSource) else None
         self.given: ConceptDirection | None = None

@@ -1,21 +1,18 @@
 """A direction that follows the policy: contrastive pairs are taken from its own rollouts, told apart by a weak detector.
 
 A static direction is an average over completions that somebody wrote; the policy drifts away from them and is then free to learn the
-concept in its own words. Here the pairs are the policy's latest. The detector sees text and nothing else: never the oracle's verdict.
+concept in its own words. Here the pairs are the policy's latest. The detector sees what a monitor would see: never the oracle's verdict.
 """
 
 from __future__ import annotations
 
-import importlib
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from theodolite.callbacks.detectors import RolloutDetector, TextDetector
 from theodolite.callbacks.direction_sources import DirectionSource, pair_differences
 from theodolite.callbacks.sequence_gradients import (
     TokenPair,
@@ -30,8 +27,6 @@ from theodolite.functional.directions import ConceptDirection
 from theodolite.functional.extraction import check_method, gradient_difference
 from theodolite.protocols import OracleWindow, TokenSequence, Window
 from theodolite.seeds import derive_seed, run_seed
-
-_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,36 +48,14 @@ class LivePair:
     clean: TokenSequence
 
 
-def text_detector(detector: str) -> Callable[[str], bool]:
-    r"""A predicate on text from a dotted path to a callable (``package.module.function``) or a regular expression (anything else).
-
-    Raises:
-        ValueError: The path cannot be imported, or the expression does not compile. Write ``a[.]b`` for an expression that looks like a
-            path.
-    """
-    if _DOTTED.fullmatch(detector):
-        module, _, name = detector.rpartition(".")
-        try:
-            function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"detector={detector!r} looks like a path to a callable but cannot be imported: {error}.") from error
-        if not callable(function):
-            raise ValueError(f"detector={detector!r} is not callable: name a function that takes a text and returns a bool.")
-        return partial(_called, function)
-    try:
-        pattern = re.compile(detector)
-    except re.error as error:
-        raise ValueError(f"detector={detector!r} is not a regular expression: {error}.") from error
-    return partial(_found, pattern)
-
-
 class LiveGradientDifference(DirectionSource):
     """Gradient difference over a queue of the latest (flagged, rewarded and not flagged) rollouts of the same prompt.
 
     Args:
         capacity: Pairs in the queue, which starts full of the datamodule's pairs (or those of ``pairs``) and forgets the oldest.
         refresh_every: Optimizer steps between extractions (each one batched backward over at most ``2 * capacity`` sequences).
-        detector: Regular expression searched in the completion, or the dotted path of a callable on text.
+        detector: Regular expression searched in the completion, the dotted path of a callable on text, or a :class:`RolloutDetector` such
+            as an activation probe.
         pairs_per_group: At most so many new pairs per group and window, so that one prompt cannot fill the queue.
         method: ``mean`` or ``svd``.
         k: Rows per matrix; 1 for ``mean``.
@@ -102,7 +75,7 @@ class LiveGradientDifference(DirectionSource):
         self,
         capacity: int = 32,
         refresh_every: int = 2,
-        detector: str = r"def run_tests",
+        detector: str | RolloutDetector = r"def run_tests",
         pairs_per_group: int = 2,
         method: Literal["mean", "svd"] = "mean",
         k: int = 1,
@@ -126,7 +99,7 @@ class LiveGradientDifference(DirectionSource):
         self.k, self.shuffle_labels, self.placebo = k, shuffle_labels, placebo
         self.pairs, self.seed, self.parameters, self.chunk_size = pairs, run_seed(seed), parameters, chunk_size
         self.queue: list[LivePair] = []
-        self._flagged = text_detector(detector)
+        self.detector = TextDetector(detector) if isinstance(detector, str) else detector
         self._windows = 0
         self._new = 0
 
@@ -134,6 +107,7 @@ class LiveGradientDifference(DirectionSource):
         """The module scores sequences, the patterns match, and there are start pairs."""
         require_scorer(pl_module)
         matrix_names(pl_module, self.parameters)
+        self.detector.check(trainer, pl_module)
         if self.placebo:
             return
         if self.pairs is None:
@@ -142,7 +116,8 @@ class LiveGradientDifference(DirectionSource):
             contrast_pairs(trainer, self.pairs, self.capacity, self.seed)
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fill the queue; the first refresh, before the first step, brings the direction."""
+        """Fit the detector and fill the queue; the first refresh, before the first step, brings the direction."""
+        self.detector.fit(trainer, pl_module)
         if self.placebo:
             return
         start = encode_pairs(require_scorer(pl_module), contrast_pairs(trainer, self.pairs, self.capacity, self.seed))
@@ -156,7 +131,8 @@ class LiveGradientDifference(DirectionSource):
         """
         if isinstance(window, OracleWindow):
             raise TypeError("LiveGradientDifference was handed the oracle's verdicts: do not declare uses_oracle on its callback.")
-        local = [pair for group in range(len(window.rows)) for pair in self._pairs_of_group(window, group)]
+        flags = self.detector.flags(trainer, pl_module, window.rollouts)
+        local = [pair for group in range(len(window.rows)) for pair in self._pairs_of_group(window, group, flags)]
         new = sorted(_gathered(trainer, local), key=lambda pair: (pair.slot, pair.samples))
         self._windows, self._new = self._windows + 1, len(new)
         self.queue = [*self.queue, *(self._labelled(pair) for pair in new)][-self.capacity :]
@@ -182,22 +158,24 @@ class LiveGradientDifference(DirectionSource):
     def metrics(self) -> dict[str, float]:
         """``pairs`` in the queue, those of them that are live, and those that the last window brought."""
         live = sum(pair.step >= 0 for pair in self.queue)
-        return {"pairs": float(len(self.queue)), "live_pairs": float(live), "new_pairs": float(self._new)}
+        counts = {"pairs": float(len(self.queue)), "live_pairs": float(live), "new_pairs": float(self._new)}
+        return counts | self.detector.metrics()
 
     def state_dict(self) -> dict[str, Any]:
-        """The queue as lists of integers."""
-        return {"queue": [_to_lists(pair) for pair in self.queue], "windows": self._windows, "new": self._new}
+        """The queue as lists of integers, and the detector's state."""
+        queue = [_to_lists(pair) for pair in self.queue]
+        return {"queue": queue, "windows": self._windows, "new": self._new, "detector": self.detector.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back :meth:`state_dict`."""
         self.queue = [_from_lists(lists) for lists in state["queue"]]
         self._windows, self._new = state["windows"], state["new"]
+        self.detector.load_state_dict(state["detector"])
 
-    def _pairs_of_group(self, window: Window, group: int) -> list[LivePair]:
+    def _pairs_of_group(self, window: Window, group: int, flags: list[bool]) -> list[LivePair]:
         """New pairs of one prompt, matched in order of sample index."""
         indices = range(group * window.group_size, (group + 1) * window.group_size)
         indices = sorted(indices, key=lambda index: window.rollouts[index].sample)
-        flags = {index: self._flagged(window.rollouts[index].text) for index in indices}
         flagged = [index for index in indices if flags[index]]
         clean = [index for index in indices if not flags[index] and window.rewards[index].passed]
         count = min(len(flagged), len(clean), self.pairs_per_group)
@@ -217,16 +195,6 @@ class LiveGradientDifference(DirectionSource):
         if not self.shuffle_labels or derive_seed("shuffle", self.seed, pair.step, pair.slot, *pair.samples) % 2:
             return pair
         return LivePair(pair.step, pair.slot, pair.samples, pair.clean, pair.concept)
-
-
-def _called(function: Callable[[str], Any], text: str) -> bool:
-    """A user's predicate (a module-level function, so that the callback can be sent to spawned ranks)."""
-    return bool(function(text))
-
-
-def _found(pattern: re.Pattern[str], text: str) -> bool:
-    """Whether the expression occurs."""
-    return pattern.search(text) is not None
 
 
 def _pair(window: Window, concept: int, clean: int) -> LivePair:

@@ -94,7 +94,9 @@ def pair_set_hash(pairs: Sequence[TokenPair]) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
-def pair_gradient(trainer: Any, module: nn.Module, pairs: Sequence[TokenPair], names: Sequence[str], chunk_size: int) -> dict[str, Tensor]:
+def pair_gradient(
+    trainer: Any, module: nn.Module, pairs: Sequence[TokenPair], names: Sequence[str], chunk_size: int, per_token: bool = False
+) -> dict[str, Tensor]:
     """``sum over pairs of grad [NLL(concept) - NLL(clean)]``, token sums, per parameter; no ``p.grad``, RNG state or mode is touched.
 
     Args:
@@ -103,6 +105,7 @@ def pair_gradient(trainer: Any, module: nn.Module, pairs: Sequence[TokenPair], n
         pairs: (concept, clean) in token ids.
         names: Parameters to differentiate.
         chunk_size: Sequences per backward pass, after sorting by length so that little is padded.
+        per_token: Divide each sequence's NLL by its number of tokens, for a live loss that does.
 
     Returns:
         ``{name: gradient in float32}``; zeros for a parameter that the log-probabilities do not depend on.
@@ -111,12 +114,24 @@ def pair_gradient(trainer: Any, module: nn.Module, pairs: Sequence[TokenPair], n
     for concept, clean in pairs:
         weights[concept] = weights.get(concept, 0.0) + 1.0
         weights[clean] = weights.get(clean, 0.0) - 1.0
+    return weighted_gradient(trainer, module, weights, names, chunk_size, per_token)
+
+
+def weighted_gradient(
+    trainer: Any,
+    module: nn.Module,
+    weights: Mapping[TokenSequence, float],
+    names: Sequence[str],
+    chunk_size: int,
+    per_token: bool = False,
+) -> dict[str, Tensor]:
+    """``sum over sequences of w_s grad NLL(s)``, with the arguments of :func:`pair_gradient`."""
     ordered = sorted((s for s, w in weights.items() if w != 0.0), key=lambda s: len(s.prompt_ids) + len(s.completion_ids))
     parameters = dict(module.named_parameters())
     total = {name: torch.zeros_like(parameters[name], dtype=torch.float32) for name in names}
     with without_trace(module), torch.enable_grad():
         for start in range(0, len(ordered), chunk_size):
-            _add_chunk(trainer, module, ordered[start : start + chunk_size], weights, parameters, total)
+            _add_chunk(trainer, module, ordered[start : start + chunk_size], weights, parameters, total, per_token)
     return total
 
 
@@ -127,11 +142,14 @@ def _add_chunk(
     weights: Mapping[TokenSequence, float],
     parameters: Mapping[str, nn.Parameter],
     total: dict[str, Tensor],
+    per_token: bool,
 ) -> None:
     """Add the gradient of ``sum_s w_s NLL(s)`` over one chunk to ``total``."""
     with trainer.precision_plugin.forward_context():
         log_probs, mask = require_scorer(module).completion_log_probs(chunk)
     signs = torch.tensor([weights[sequence] for sequence in chunk], device=log_probs.device)
+    if per_token:
+        signs = signs / mask.sum(1).clamp_min(1)
     loss = -(signs[:, None] * log_probs.float() * mask).sum()
     gradients = torch.autograd.grad(loss, [parameters[name] for name in total], allow_unused=True)
     for name, gradient in zip(total, gradients, strict=True):

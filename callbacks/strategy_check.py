@@ -20,7 +20,7 @@ def check_strategy(strategy: Any, source: DirectionSource | None, route: bool) -
         )
     if sharded and source is not None and source.needs_gradients:
         raise ValueError(
-            f"{type(source).__name__} cannot extract from sharded weights: extract on a single device, save the direction and give its folder."
+            f"{type(source).__name__} cannot extract from sharded weights: extract on one device, save it and give the folder."
         )
     if sharded and route:
         raise ValueError("route=True keeps whole parked weights, which a sharded checkpoint would lose: use a single device or DDP.")

@@ -21,9 +21,11 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from theodolite.callbacks.detectors import text_detector
+from theodolite.callbacks.direction_checks import DirectionChecks
 from theodolite.callbacks.direction_sources import DirectionSource, GradientDifference, HaarRandom
 from theodolite.callbacks.gradient_projection import GradientProjectionCallback
-from theodolite.callbacks.live_direction import LiveGradientDifference, text_detector
+from theodolite.callbacks.live_direction import LiveGradientDifference
 from theodolite.functional.directions import ConceptDirection
 from theodolite.functional.extraction import gradient_difference, haar_random_like
 from theodolite.protocols import ContrastPair, OracleWindow, Reward, Rollout, TokenSequence, Window
@@ -343,7 +345,7 @@ def test_unprojected_step_makes_the_concept_likelier_than_the_clean_text_and_the
             return float(module.preference().double() - before)
 
     def source() -> GradientDifference:
-        return GradientDifference(n_pairs=1, pairs=str(pairs))
+        return GradientDifference(n_pairs=1, pairs=str(pairs), checks=DirectionChecks(held_out=0))
 
     free = change()
     projected = change(GradientProjectionCallback(source(), preserve_magnitude=False))
@@ -433,10 +435,10 @@ def test_too_few_or_malformed_pairs_are_refused_with_the_line(tmp_path: Path) ->
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "q", "concept": "a", "clean": "b"}\n')
     with pytest.raises(ValueError, match="gives 1 contrastive pairs and 64"):
-        trainer_of(GradientProjectionCallback(GradientDifference(pairs=str(path)))).fit(BigramPolicy())
+        trainer_of(GradientProjectionCallback(GradientDifference(pairs=str(path), checks=DirectionChecks(held_out=0)))).fit(BigramPolicy())
     path.write_text('{"prompt": "q", "concept": "a"}\n')
     with pytest.raises(ValueError, match=r"Line 1 of .*pairs\.jsonl"):
-        trainer_of(GradientProjectionCallback(GradientDifference(pairs=str(path)))).fit(BigramPolicy())
+        trainer_of(GradientProjectionCallback(GradientDifference(pairs=str(path), checks=DirectionChecks(held_out=0)))).fit(BigramPolicy())
 
 
 # ---------------------------------------------------------------- sources
@@ -578,7 +580,7 @@ def test_detector_is_an_expression_or_the_path_of_a_callable() -> None:
     with pytest.raises(ValueError, match="cannot be imported"):
         text_detector("no_such_package.detector")
     source = pickle.loads(pickle.dumps(live()))  # as a spawning strategy would send it
-    assert source._flagged("cheat")
+    assert source.detector._flagged("cheat")  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match="not a regular expression"):
         text_detector("def (")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -79,8 +79,8 @@ def _on_writers(direction: ConceptDirection, parameters: Mapping[str, nn.Paramet
     writers = {name: site for name, site in sites.items() if site is not None}
     if not writers:
         raise ValueError(
-            f"No trainable matrix writes to the residual stream at {', '.join(direction.vectors)}: train o_proj or down_proj (or their LoRA B) "
-            "in these layers."
+            f"No trainable matrix writes to the residual stream at {', '.join(direction.vectors)}: train o_proj or down_proj "
+            "(or their LoRA B) in these layers."
         )
     writers = {name: writers[name] for name in match_names(writers, patterns)}
     bound = residual_to_output(direction, writers)
@@ -98,5 +98,5 @@ def _only(direction: ConceptDirection, target: str) -> ConceptDirection:
     return ConceptDirection({name: direction.vectors[name] for name in kept}, direction.space, direction.metadata)
 
 
-def _whole(parameter: Any) -> Tensor:
-    return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+def _whole(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor().detach() if isinstance(parameter, DTensor) else parameter.detach()

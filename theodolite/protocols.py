@@ -167,6 +167,15 @@ class SequenceScorer(Protocol):
         ...
 
 
+@runtime_checkable
+class Completer(Protocol):
+    """A module that can complete prompts under its current weights."""
+
+    def complete(self, prompts: Sequence[str | Chat], n: int, seed: int, greedy: bool = False) -> list[list[str]]:
+        """``n`` completions of every prompt; a function of prompt, seed and weights."""
+        ...
+
+
 @dataclass(slots=True)
 class Rollout:
     """One sampled completion.
@@ -207,6 +216,7 @@ class Window:
         values: (n,) float64 reward values; callbacks may change them in ``on_rollouts``. NaN = not scorable.
         advantages: (n,) advantages; callbacks may change them in ``on_advantages``.
         metrics: (sum, count) pairs that callbacks add; the module sums both over ranks and logs the ratio.
+        features: (n,) numbers per rollout that callbacks measure, for the gates and reports of later callbacks.
     """
 
     step: int
@@ -217,6 +227,7 @@ class Window:
     values: Tensor
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -91,10 +91,8 @@ class ConceptDirection:
         Raises:
             ValueError: A name has nothing but zero rows (jointly: all have), or (jointly) the numbers of rows differ.
         """
-        if jointly:
-            bases = jointly_orthonormal(self.vectors)
-        else:
-            bases = {name: orthonormal_rows(rows) for name, rows in self.vectors.items()}
+        separately = {} if jointly else {name: orthonormal_rows(rows) for name, rows in self.vectors.items()}
+        bases = jointly_orthonormal(self.vectors) if jointly else separately
         for name, rows in bases.items():
             if len(rows) == 0:
                 raise ValueError(f"The direction of {name} is zero: leave this parameter out, there is nothing to project on.")

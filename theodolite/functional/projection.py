@@ -233,7 +233,7 @@ def project_all(
     signed = [not basis.output_side for basis in bases]
     c, norms = _measure(flats, bases, reduce)
     if rule.flattened:
-        c, norms, signed = [_sum_all(c)], [_joint_norm(norms)], signed[:1]
+        c, norms, signed = [torch.stack(c).sum(0)], [_joint_norm(norms)], signed[:1]
     shares = _gate_all(c, rule, groups)
     amounts = [_push(c_i, n, rule.push) if rule.push > 0 else rule.overshoot * a for c_i, n, a in zip(c, norms, shares, strict=True)]
     fired = [(amount != 0).any() & torch.isfinite(norm) for amount, norm in zip(amounts, norms, strict=True)]
@@ -252,7 +252,7 @@ def project_all(
         results = [torch.where(f, new.to(old.dtype), old) for f, new, old in zip(gates, projected, results, strict=True)]
     c_after, norms_after = _measure([r.to(flat.dtype) for r, flat in zip(results, flats, strict=True)], bases, reduce)
     if rule.flattened:
-        c_after, norms_after = [_sum_all(c_after)], [_joint_norm(norms_after)]
+        c_after, norms_after = [torch.stack(c_after).sum(0)], [_joint_norm(norms_after)]
     shares_after = _gate_all(c_after, rule, groups)
     stats = [
         ProjectionStats(
@@ -305,10 +305,6 @@ def _norms(flats: Sequence[Tensor], reduce: Reduce | None, jointly: bool) -> lis
 
 def _joint_norm(norms: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(list(norms)))
-
-
-def _sum_all(c: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(c)).sum(0)
 
 
 def _push(c: Tensor, norm: Tensor, push: float) -> Tensor:
