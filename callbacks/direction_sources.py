@@ -14,8 +14,15 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from theodolite.callbacks.detectors import text_detector
-from theodolite.callbacks.direction_checks import DEFAULT_CHECKS, DirectionChecks, check_separation, gradient_scores, steering_rates,
-stepped_towards from theodolite.callbacks.pair_sets import CleanSide, PairSet, pair_set, require_completer
+from theodolite.callbacks.direction_checks import (
+    DEFAULT_CHECKS,
+    DirectionChecks,
+    check_separation,
+    gradient_scores,
+    steering_rates,
+    stepped_towards,
+)
+from theodolite.callbacks.pair_sets import CleanSide, PairSet, pair_set, require_completer
 from theodolite.callbacks.sequence_gradients import (
     TokenPair,
     contrast_pairs,
