@@ -4,7 +4,12 @@ Rewards of rollouts whose hidden states lie further along a concept direction th
 with ``s_i`` the score of rollout ``i`` and ``z_i = (s_i - mean_group s) / max(std_group s, floor)``,
 
 * additive: ``r'_i = r_i - alpha * max(z_i, 0)``, once per rollout;
-* multiplicative: ``r'_i = r_i * (1 - alpha * sigmoid(z_i) * 1[z_i > 0])``.
+* multiplicative: ``r'_i = r_i * (1 - alpha * sigmoid(z_i) * 1[z_i > 0])``;
+* advantage (not in the paper): ``A'_i = A_i - alpha * (c_i - mean_group c)`` *after* normalisation, with ``c_i = clip(s_i, 0, 1)``.
+
+The third exists because of a trap in the first two: in a group whose rewards are all equal the penalty is the only difference left, and
+normalisation blows its noise up to full-sized advantages. Where many groups fail entirely (leetcode-mini) that destroys the policy. With
+``alpha`` above 1/std of a lone flagged rollout (2.83 for groups of 8) a rewarded hack always ends below its group's mean.
 
 Deviations from the paper, all on purpose:
 
@@ -27,17 +32,11 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
-from theodolite.callbacks.sequence_gradients import (
-    TokenPair,
-    contrast_pairs,
-    encode_pairs,
-    require_pair_source,
-    require_scorer,
-    without_trace,
-)
-from theodolite.protocols import SequenceScorer, TokenSequence, Window
+from theodolite.callbacks.completion_states import decoder_layers, pooled_states, shared_over_ranks
+from theodolite.callbacks.sequence_gradients import TokenPair, contrast_pairs, encode_pairs, require_pair_source, require_scorer
+from theodolite.protocols import TokenSequence, Window
 from theodolite.seeds import derive_seed, run_seed
 
 
@@ -46,7 +45,7 @@ class ReboundCallback(Callback):
 
     Args:
         alpha: Strength of the penalty (2 in the paper, for both modes). Multiplicative with ``alpha > 1`` turns rewards negative.
-        mode: ``additive`` or ``multiplicative``.
+        mode: ``additive`` or ``multiplicative`` (on rewards, as published) or ``advantage``.
         layer_fraction: Depth of the states, as a fraction of the decoder layers (the paper uses 0.60 to 0.75).
         n_pairs: Pairs to fit on; a quarter as many again are held out to measure the separation.
         position: ``mean`` over the completion's tokens, or its ``last`` token.
@@ -63,7 +62,7 @@ class ReboundCallback(Callback):
     def __init__(
         self,
         alpha: float = 2.0,
-        mode: Literal["additive", "multiplicative"] = "additive",
+        mode: Literal["additive", "multiplicative", "advantage"] = "additive",
         layer_fraction: float = 0.67,
         n_pairs: int = 64,
         position: Literal["last", "mean"] = "mean",
@@ -74,8 +73,10 @@ class ReboundCallback(Callback):
         chunk_size: int = 32,
     ) -> None:
         super().__init__()
-        if mode not in ("additive", "multiplicative") or position not in ("last", "mean"):
-            raise ValueError(f"mode={mode!r} must be 'additive' or 'multiplicative' and position={position!r} 'last' or 'mean'.")
+        if mode not in ("additive", "multiplicative", "advantage") or position not in ("last", "mean"):
+            raise ValueError(
+                f"mode={mode!r} must be 'additive', 'multiplicative' or 'advantage' and position={position!r} 'last' or 'mean'."
+            )
         if alpha <= 0 or std_floor <= 0 or not 0 < layer_fraction <= 1 or n_pairs < 1 or chunk_size < 1:
             raise ValueError(
                 f"alpha={alpha}, std_floor={std_floor}, n_pairs={n_pairs} and chunk_size={chunk_size} must be positive and "
@@ -90,6 +91,7 @@ class ReboundCallback(Callback):
         """(d,) in float64 on the CPU; the standardised score is ``h . score_vector - score_offset``."""
         self.score_offset, self.held_out_separation = 0.0, float("nan")
         self._reported = False
+        self._window_scores = torch.empty(0, dtype=torch.float64)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find a module that cannot be scored, or missing pairs, before training."""
@@ -110,20 +112,36 @@ class ReboundCallback(Callback):
         self.held_out_separation = float((concept[n:] @ self.score_vector > clean[n:] @ self.score_vector).double().mean())
 
     def on_rollouts(self, trainer: Trainer, pl_module: LightningModule, window: Window) -> None:
-        """Score the window's rollouts under the current policy and lower ``window.values``; NaN values stay NaN."""
-        assert self.score_vector is not None, "on_train_start has not run"
-        states = self._states(trainer, pl_module, [rollout.tokens for rollout in window.rollouts])
-        scores = states @ self.score_vector - self.score_offset
+        """Score the rollouts under the current policy and lower ``window.values`` (published modes); NaN values stay NaN."""
+        scores = self._scores(trainer, pl_module, window)
+        if self.mode == "advantage":
+            return
         z = group_z(scores, torch.isfinite(window.values).cpu(), window.group_size, self.std_floor)
         values = penalised(window.values.cpu().double(), z, self.alpha, self.mode)
         window.values = values.to(window.values.device)
         n = float(len(z))
         window.metrics["rebound/penalised_fraction"] = (float((z > 0).sum()), n)
         window.metrics["rebound/mean_positive_z"] = (float(z.clamp_min(0).sum()), n)
-        window.metrics["rebound/mean_score"] = (float(scores.sum()), n)
+
+    def on_advantages(self, trainer: Trainer, pl_module: LightningModule, window: Window) -> None:
+        """Mode ``advantage``: lower ``window.advantages`` by the clipped, group-centred score."""
+        if self.mode != "advantage":
+            return
+        valid = torch.isfinite(window.values).cpu()
+        penalty = self.alpha * group_centred(self._window_scores.clamp(0, 1), valid, window.group_size).flatten()
+        window.advantages = window.advantages - penalty.to(window.advantages)
+        window.metrics["rebound/penalised_fraction"] = (float((penalty > 0).sum()), float(len(penalty)))
+
+    def _scores(self, trainer: Trainer, pl_module: LightningModule, window: Window) -> Tensor:
+        """(n,) standardised scores, logged."""
+        assert self.score_vector is not None, "on_train_start has not run"
+        states = self._states(trainer, pl_module, [rollout.tokens for rollout in window.rollouts])
+        self._window_scores = states @ self.score_vector - self.score_offset
+        window.metrics["rebound/mean_score"] = (float(self._window_scores.sum()), float(len(self._window_scores)))
         if not self._reported:
             window.metrics["rebound/held_out_separation"] = (self.held_out_separation, 1.0)
             self._reported = True
+        return self._window_scores
 
     def state_dict(self) -> dict[str, Any]:
         """The fitted score."""
@@ -150,46 +168,13 @@ class ReboundCallback(Callback):
     def _states_of_pairs(self, trainer: Trainer, pl_module: LightningModule, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
         """Pooled states (n, d) of the concept sides and of the clean sides; rank 0's numbers on every rank."""
         states = self._states(trainer, pl_module, [side for pair in pairs for side in pair])
-        if trainer.world_size > 1:
-            shared = states.to(pl_module.device, torch.float32)
-            torch.distributed.broadcast(shared, src=0)
-            states = shared.cpu().double()
+        states = shared_over_ranks(trainer, pl_module, states)
         return states[0::2], states[1::2]
 
     def _states(self, trainer: Trainer, pl_module: LightningModule, sequences: Sequence[TokenSequence]) -> Tensor:
         """(n, d) pooled completion states in float64 on the CPU, in the order given."""
-        scorer = require_scorer(pl_module)
         layer = max(1, round(self.layer_fraction * decoder_layers(pl_module)))
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].prompt_ids) + len(sequences[i].completion_ids))
-        pooled: dict[int, Tensor] = {}
-        with without_trace(pl_module), trainer.precision_plugin.forward_context():
-            for start in range(0, len(order), self.chunk_size):
-                chunk = order[start : start + self.chunk_size]
-                pooled |= dict(zip(chunk, self._pool(scorer, [sequences[i] for i in chunk], layer), strict=True))
-        return torch.stack([pooled[i] for i in range(len(sequences))])
-
-    def _pool(self, scorer: SequenceScorer, sequences: Sequence[TokenSequence], layer: int) -> Tensor:
-        """(n, d) mean or last-token states of one chunk."""
-        states, mask = scorer.completion_states(sequences, layer)
-        return pool_states(states.cpu().double(), mask.cpu().bool(), self.position)
-
-
-def pool_states(states: Tensor, mask: Tensor, position: Literal["last", "mean"]) -> Tensor:
-    """One state per completion.
-
-    Args:
-        states: (B, T, d); values outside the mask are ignored, whatever they are.
-        mask: (B, T) bool.
-        position: ``mean`` over masked tokens, or the ``last`` of them.
-
-    Returns:
-        (B, d); zeros for an empty completion.
-    """
-    if position == "last":
-        places = torch.arange(1, mask.shape[1] + 1, device=mask.device) * mask
-        mask = mask & (places == places.max(1, keepdim=True).values)
-    kept = torch.where(mask[..., None], states, 0.0)
-    return kept.sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+        return pooled_states(trainer, pl_module, sequences, layer, self.position, self.chunk_size)
 
 
 def fit_score(concept: Tensor, clean: Tensor, random_unit: Tensor | None = None) -> tuple[Tensor, float]:
@@ -215,8 +200,24 @@ def fit_score(concept: Tensor, clean: Tensor, random_unit: Tensor | None = None)
     return vector, float(clean.mean(0) @ vector)
 
 
+def group_centred(scores: Tensor, valid: Tensor, group_size: int) -> Tensor:
+    """``s - group mean`` over the valid members of contiguous groups, 0 for the others.
+
+    Args:
+        scores: (n,).
+        valid: (n,) bool.
+        group_size: Divides n.
+
+    Returns:
+        (n / group_size, group_size).
+    """
+    grouped, ok = scores.view(-1, group_size), valid.view(-1, group_size)
+    count = ok.sum(1, keepdim=True).clamp_min(1)
+    return torch.where(ok, grouped - torch.where(ok, grouped, 0.0).sum(1, keepdim=True) / count, 0.0)
+
+
 def group_z(scores: Tensor, valid: Tensor, group_size: int, std_floor: float) -> Tensor:
-    """``(s - group mean) / max(group std, floor)`` over the valid members of contiguous groups, 0 for the others.
+    """``(s - group mean) / max(group std, floor)`` over the valid members of contiguous groups, 0 for the others; (n,).
 
     Args:
         scores: (n,).
@@ -224,30 +225,13 @@ def group_z(scores: Tensor, valid: Tensor, group_size: int, std_floor: float) ->
         group_size: Divides n.
         std_floor: Smallest divisor.
     """
-    grouped, ok = scores.view(-1, group_size), valid.view(-1, group_size)
-    count = ok.sum(1, keepdim=True).clamp_min(1)
-    centred = torch.where(ok, grouped - torch.where(ok, grouped, 0.0).sum(1, keepdim=True) / count, 0.0)
+    centred, count = group_centred(scores, valid, group_size), valid.view(-1, group_size).sum(1, keepdim=True).clamp_min(1)
     std = (centred.square().sum(1, keepdim=True) / count).sqrt()
     return (centred / std.clamp_min(std_floor)).flatten()
 
 
-def penalised(values: Tensor, z: Tensor, alpha: float, mode: Literal["additive", "multiplicative"]) -> Tensor:
+def penalised(values: Tensor, z: Tensor, alpha: float, mode: Literal["additive", "multiplicative", "advantage"]) -> Tensor:
     """Rewards after the penalty (equations in the module's docstring); NaN stays NaN."""
     if mode == "additive":
         return values - alpha * z.clamp_min(0)
     return values * (1 - alpha * torch.sigmoid(z) * (z > 0))
-
-
-def decoder_layers(module: nn.Module) -> int:
-    """Number of decoder layers, from the ``transformers`` config of a submodule.
-
-    Raises:
-        TypeError: No submodule has one.
-    """
-    for part in module.modules():
-        layers = getattr(getattr(part, "config", None), "num_hidden_layers", None)
-        if isinstance(layers, int):
-            return layers
-    raise TypeError(
-        f"{type(module).__name__} holds no transformers model with config.num_hidden_layers, so a layer cannot be chosen by depth."
-    )
