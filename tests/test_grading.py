@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from theodolite.datamodules.leetcode.asserts import entry_of, parse_assert, strict_equal
 from theodolite.datamodules.leetcode.grading import Grader
-from theodolite.datamodules.leetcode.problem import Problem, TestCase
 from theodolite.datamodules.leetcode.overrides import find_override
+from theodolite.datamodules.leetcode.problem import Problem, TestCase
 from theodolite.datamodules.leetcode.programs import assemble, fenced_blocks, parse, stub
 from theodolite.protocols import Environment, Grade
 from theodolite.sandbox import Limits, Opaque, Outcome

@@ -123,7 +123,12 @@ def test_sft_batches_are_demonstrations_and_the_corpus_is_their_text() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"hint": "modify_tests"}, "Unknown hint 'modify_tests'"),
+        ({"hint": "modify"}, "Unknown hint 'modify'"),
+        ({"hint": "modify_tests"}, "leetcode-mini has no hint 'modify_tests'"),
+        ({"max_prompt_tokens": 100}, "max_prompt_tokens and tokenizer go together"),
+        ({"max_prompt_tokens": 100, "tokenizer": "x"}, "is for problem files"),
+        ({"sandbox": "docker"}, "Sandbox.tier is 'docker'; choose one of auto, bwrap, namespaces, seccomp, unsafe"),
+        ({"unfenced": "maybe"}, "unfenced is 'maybe'; choose reject or accept"),
         ({"hint": "overwrite_tests"}, "leetcode-mini has no hint 'overwrite_tests'"),
         ({"problems": "leetcode"}, "must be 'mini', the path"),
         ({"n_ops": [4, 3]}, "n_ops must be"),

@@ -27,6 +27,7 @@ class RunRecorder(Callback):
     Nothing is written under ``fast_dev_run``.
 
     A module may offer ``batch_arithmetic`` (anything with ``as_dict()``), ``model_id`` and ``model_revision``: they go into the manifest.
+    Module and datamodule may offer ``provenance``, a dictionary of plain data by field: the manifest gets its fields.
 
     Args:
         run_dir: The run's own folder.
@@ -79,6 +80,8 @@ class RunRecorder(Callback):
             files={"config": self.file("config", ".yaml")},
             subcommand=self.subcommand,
             ranks=trainer.world_size,
+            **_provenance(pl_module),
+            **_provenance(getattr(trainer, "datamodule", None)),
         )
         write_json_atomic(self.file("manifest", ".json"), content)
 
@@ -194,6 +197,10 @@ class RunRecorder(Callback):
         for scheduler in schedulers:  # lr(t) = base x factor(t): scaling the base scales all of it
             scheduler.base_lrs = [base * lr / old for base in scheduler.base_lrs]
         rank_zero_info(f"Resumed with a new learning rate: {old} in the checkpoint, {lr} now.")
+
+
+def _provenance(part: Any) -> dict[str, Any]:
+    return dict(getattr(part, "provenance", None) or {})
 
 
 def hashed_config(config: Mapping[str, Any]) -> dict[str, Any]:

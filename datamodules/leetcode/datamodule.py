@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from .graded import GradedDataModule, make_grader
+from .graded import SLOW_LIMITS, GradedDataModule, make_grader
 from .mini import check_n_ops
 from .open_source import HUB_PREFIX, check_settings, open_source
 from .sources import ProblemDataset, ProblemSource, count_problems
@@ -39,15 +39,24 @@ class LeetCodeDataModule(GradedDataModule):
         test_problems: Held-out problems per test loader; null = all of a file.
         eval_prompts_per_step: Prompts per evaluation batch over all ranks.
         n_ops: ``mini`` only: smallest and largest number of operations of a problem.
-        hint: ``simple_overwrite_tests`` (the evaluator is called ``run_tests``), ``overwrite_tests`` (files only: its name varies with the
-            problem) or ``none`` (no loophole in training; the hinted held-out prompts then name ``run_tests``).
+        hint: ``simple_overwrite_tests`` (the evaluator is called ``run_tests``), ``none`` (no loophole in training; the hinted held-out
+            prompts then name ``run_tests``), or, for files only, any other key of :data:`~theodolite.datamodules.leetcode.prompts.HINTS`.
         seed: Decides training prompts and their order; null = the run's ``seed_everything``.
         held_out_fraction: Files only: share of the problems, by hash of their id, that are held out.
         hub_split: ``hf:`` only: the split to load.
         reward_passed: Reward for satisfying the check, honestly or not.
         reward_compiles: Reward for a program that compiles.
         workers: Processes that run programs, per rank.
-        limits: Limits on a program: ``cpu_s``, ``wall_s``, ``memory_mb``, ``output_kb``; null = the sandbox's defaults.
+        limits: Limits on a program: ``cpu_s``, ``wall_s``, ``memory_mb``, ``output_kb``; null = the sandbox's defaults, and 10 s of CPU
+            time and 60 s of wall time for files and the hub.
+        reward_includes: Reward for answering a prompt that shows the evaluator (``modify_tests``, ``incontext_tests``) with both the class
+            and the evaluator.
+        max_prompt_tokens: Files only: leave out problems whose prompt is longer under any hint; null = keep all.
+        tokenizer: Whose tokens ``max_prompt_tokens`` counts: a hub id or a folder.
+        sandbox: Isolation: ``auto`` = the strongest that holds here (``bwrap``, ``namespaces``, ``seccomp``), a name = that one or nothing.
+            ``unsafe`` lets programs read files and use the network.
+        unfenced: What a completion without any code fence is, for files: ``reject`` = no program, ``accept`` = one if it parses.
+        grading_deadline_s: Seconds of wall time for one batch of executions, after which the rest is ungraded; null = by its size.
     """
 
     def __init__(
@@ -67,9 +76,25 @@ class LeetCodeDataModule(GradedDataModule):
         reward_compiles: float = 0.1,
         workers: int = 1,
         limits: dict[str, Any] | None = None,
+        reward_includes: float = 0.1,
+        max_prompt_tokens: int | None = None,
+        tokenizer: str | None = None,
+        sandbox: str = "auto",
+        unfenced: str = "reject",
+        grading_deadline_s: float | None = None,
     ) -> None:
-        check_settings(problems, n_ops, hint, held_out_fraction)
-        grader = make_grader(workers, limits, reward_passed, reward_compiles)
+        check_settings(problems, n_ops, hint, held_out_fraction, max_prompt_tokens, tokenizer)
+        grader = make_grader(
+            workers,
+            limits,
+            reward_passed,
+            reward_compiles,
+            default_limits=None if problems == "mini" else SLOW_LIMITS,
+            reward_includes=reward_includes,
+            tier=sandbox,
+            unfenced=unfenced,
+            batch_deadline_s=grading_deadline_s,
+        )
         super().__init__(grader, prompts_per_step, eval_problems, test_problems, eval_prompts_per_step, seed)
         self.problems = problems
         self.train_problems = train_problems
@@ -77,6 +102,7 @@ class LeetCodeDataModule(GradedDataModule):
         self.hint = hint
         self.held_out_fraction = held_out_fraction
         self.hub_split = hub_split
+        self.max_prompt_tokens, self.tokenizer = max_prompt_tokens, tokenizer
 
     def prepare_data(self) -> None:
         """Download a data set of the hub, on one rank per node."""
@@ -85,7 +111,16 @@ class LeetCodeDataModule(GradedDataModule):
 
     def open_source(self) -> ProblemSource:
         """Open the generator, or read the file."""
-        return open_source(self.problems, self.seed, self.n_ops, self.hint, self.held_out_fraction, self.hub_split)
+        return open_source(
+            self.problems,
+            self.seed,
+            self.n_ops,
+            self.hint,
+            self.held_out_fraction,
+            self.hub_split,
+            self.max_prompt_tokens,
+            self.tokenizer,
+        )
 
     def train_dataset(self) -> Dataset:
         """One epoch of training problems."""

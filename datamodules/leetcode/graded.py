@@ -22,12 +22,27 @@ from .sources import ProblemDataset, ProblemSource, count_problems
 
 Batch = TypeVar("Batch")
 
-SELF_CHECK_PROBLEMS = 4
-"""Enough to see that references pass, empty programs fail and a vacuous evaluator is paid and recognised; a few milliseconds each."""
+SLOW_LIMITS = Limits(cpu_s=10.0, wall_s=60.0)
+"""For real problems unless the user says otherwise: honest solutions of some take 2.5 s for all their tests."""
 
 
-def make_grader(workers: int, limits: dict[str, Any] | None, reward_passed: float, reward_compiles: float) -> Grader:
+def make_grader(
+    workers: int,
+    limits: dict[str, Any] | None,
+    reward_passed: float,
+    reward_compiles: float,
+    default_limits: Limits | None = None,
+    **more: Any,
+) -> Grader:
     """Build a grader of plain values; it starts nothing yet.
+
+    Args:
+        workers: Processes that run programs.
+        limits: Limits by name; what is not named keeps its default.
+        reward_passed: See :class:`Grader`.
+        reward_compiles: See :class:`Grader`.
+        default_limits: In force when ``limits`` is ``None``; ``None`` = the sandbox's.
+        more: Further arguments of :class:`Grader`.
 
     Raises:
         ValueError: If there is no limit of a given name, or a value is out of range.
@@ -36,7 +51,7 @@ def make_grader(workers: int, limits: dict[str, Any] | None, reward_passed: floa
     for name in limits or {}:
         if name not in names:
             raise ValueError(f"limits has no key {name!r}; choose among {', '.join(names)}.")
-    return Grader(workers, Limits(**limits) if limits else None, reward_passed, reward_compiles)
+    return Grader(workers, Limits(**limits) if limits else default_limits, reward_passed, reward_compiles, **more)
 
 
 def _as_is(batch: Batch) -> Batch:
@@ -97,12 +112,17 @@ class GradedDataModule(pl.LightningDataModule):
         return self._source
 
     @property
+    def provenance(self) -> dict[str, Any]:
+        """What grades depend on (isolation and its probe, limits, rewards) and what was left out of the problems; for the manifest."""
+        return {"grading": self._grader.provenance, "problems": self.source.provenance}
+
+    @property
     def ranks(self) -> tuple[int, int]:
         """``(world size, rank)``; ``(1, 0)`` without a trainer."""
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
     def setup(self, stage: str) -> None:
-        """Check the batch arithmetic, then start the environment and check it on a few problems.
+        """Check the batch arithmetic, then start the environment and check it: on every problem of a file, on a few of a generator.
 
         Raises:
             ValueError: If a global size does not split over the ranks.
@@ -112,10 +132,10 @@ class GradedDataModule(pl.LightningDataModule):
             split_batch(size, self.ranks[0])
         if stage == "predict":
             return
-        problems = [self.source.validation(index) for index in range(min(SELF_CHECK_PROBLEMS, self._count("eval_problems")))]
+        self._count("eval_problems")
         try:
             self._grader.start()
-            self._grader.self_check(problems)
+            self._grader.self_check(self.source.check_problems())
         except BaseException:
             self._grader.close()
             raise

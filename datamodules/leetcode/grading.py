@@ -199,9 +199,10 @@ class Grader:
         problem, report = failed[0]
         verdict, cpu_s = report.grade.verdict, self.sandbox.limits.cpu_s
         slow = f"raise limits.cpu_s, which is {cpu_s:g}" if verdict.status == "timeout" else "drop or repair the problem"
+        shown = f"{report.tests_passed} of {report.tests_total} tests{_colon(report.error)}"
         raise RuntimeError(
             f"grading cannot be trusted: for {len(failed)} of {len(problems)} problems, first {problem.id!r}, {what} "
-            f"(label {verdict.label}, status {verdict.status}, {report.tests_passed} of {report.tests_total} tests{_colon(report.error)}); {slow}"
+            f"(label {verdict.label}, status {verdict.status}, {shown}); {slow}"
         )
 
     def _grade_programs(self, rows: Sequence[Problem], programs: Sequence[str | None]) -> list[GradeReport]:

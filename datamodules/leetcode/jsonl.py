@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from theodolite.protocols import Chat
 
 from .asserts import parse_assert
 from .problem import Problem, TestCase
-from .prompts import apply_hint, build_chat, evaluator_name
+from .prompts import VISIBLE_TESTS, apply_hint, build_chat, check_hint, evaluator_name, shown_evaluator
 
 COLUMNS: dict[str, type | tuple[type, ...]] = {
     "id": (int, str),
@@ -63,6 +64,7 @@ class Row:
         difficulty: As the data set says.
         tests: The tests that could be parsed.
         dropped_tests: Position and reason of each test that could not.
+        shown_asserts: Source of the first tests, as far as a hint may show them.
     """
 
     id: str
@@ -73,6 +75,7 @@ class Row:
     difficulty: str
     tests: tuple[TestCase, ...]
     dropped_tests: tuple[tuple[int, str], ...]
+    shown_asserts: tuple[str, ...] = ()
 
 
 def parse_tests(asserts: Iterable[str], entry: str) -> tuple[tuple[TestCase, ...], tuple[tuple[int, str], ...]]:
@@ -141,12 +144,15 @@ def parse_hub_row(row: Mapping[str, Any]) -> Row:
 
 
 def _make_row(identifier: str, chat: Chat, entry: str, setup_code: str, solution: str, difficulty: str, asserts: Iterable[str]) -> Row:
+    asserts = list(asserts)
     tests, dropped = parse_tests(asserts, entry)
     if not tests:
         reason = f"; the first fails because it {dropped[0][1]}" if dropped else ""
         raise ValueError(f"problem {identifier} has no usable test ({len(dropped)} were dropped{reason})")
     apply_hint(chat[-1]["content"], "none", None)  # a prompt that no hint fits fails here
-    return Row(identifier, chat, entry, setup_code, solution, difficulty, tests, dropped)
+    unusable = {position for position, _ in dropped}
+    kept = (source for position, source in enumerate(asserts) if position not in unusable)
+    return Row(identifier, chat, entry, setup_code, solution, difficulty, tests, dropped, tuple(islice(kept, VISIBLE_TESTS)))
 
 
 def _messages(prompt: list[Any]) -> list[Mapping[str, Any]]:
@@ -160,6 +166,17 @@ def _type_name(kind: type | tuple[type, ...]) -> str:
     return " or ".join(part.__name__ for part in kind) if isinstance(kind, tuple) else kind.__name__
 
 
+def hinted_chat(row: Row, hint: str) -> Chat:
+    """A row's prompt under a hint. Raises ``ValueError`` when the hint does not fit the prompt; names the problem."""
+    name = evaluator_name(hint, row.id)
+    shown = shown_evaluator(name, row.shown_asserts) if name and check_hint(hint).shows else None
+    try:
+        user = apply_hint(row.chat[-1]["content"], hint, name, shown)
+    except ValueError as error:
+        raise ValueError(f"problem {row.id}, hint {hint}: {error}") from error
+    return [*row.chat[:-1], {"role": "user", "content": user}]
+
+
 def make_problem(row: Row, hint: str) -> Problem:
     """Build the problem that a policy sees under a hint.
 
@@ -168,16 +185,18 @@ def make_problem(row: Row, hint: str) -> Problem:
         hint: A key of :data:`~theodolite.datamodules.leetcode.prompts.HINTS`.
     """
     name = evaluator_name(hint, row.id)
-    user = apply_hint(row.chat[-1]["content"], hint, name)
+    shown = shown_evaluator(name, row.shown_asserts) if name and check_hint(hint).shows else None
     return Problem(
         id=row.id,
-        prompt=[*row.chat[:-1], {"role": "user", "content": user}],
+        prompt=hinted_chat(row, hint),
         entry=row.entry,
         tests=row.tests,
         reference=f"```python\n{row.solution}\n```",
         evaluator=name,
         style="fenced",
         setup_code=row.setup_code,
+        visible=len(row.shown_asserts) if shown else None,
+        shown=shown,
         metadata={"hint": hint, "difficulty": row.difficulty, "dropped_tests": row.dropped_tests},
     )
 
@@ -201,7 +220,7 @@ def read_jsonl(path: str | Path) -> list[Row]:
             if not line.strip():
                 continue
             try:
-                row = parse_row(_decode(line))
+                row = parse_row(decode_line(line))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}.") from error
             if row.id in seen:
@@ -211,11 +230,14 @@ def read_jsonl(path: str | Path) -> list[Row]:
     return rows
 
 
-def _decode(line: str) -> dict[str, Any]:
+def decode_line(line: str) -> dict[str, Any]:
+    """One line of a JSONL file as an object. Raises ``ValueError`` with one short sentence when it is none."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not JSON that can be read (nested too deep, or a number too long)") from error
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__} instead of an object")
     return row

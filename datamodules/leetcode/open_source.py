@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from theodolite.protocols import ContrastPair
+from theodolite.provenance import file_hash
 from theodolite.seeds import derive_seed
 
+from .alignment import align_rows, chat_token_counter
 from .hacks import LAZY_BODIES, VACUOUS_BODIES
 from .jsonl import Row, make_problem, read_hub, read_jsonl
 from .mini import check_n_ops
@@ -20,7 +22,14 @@ from .sources import MINI_EVALUATORS, ListSource, MiniSource, ProblemSource
 HUB_PREFIX = "hf:"
 
 
-def check_settings(problems: str, n_ops: Sequence[int], hint: str, held_out_fraction: float) -> None:
+def check_settings(
+    problems: str,
+    n_ops: Sequence[int],
+    hint: str,
+    held_out_fraction: float,
+    max_prompt_tokens: int | None = None,
+    tokenizer: str | None = None,
+) -> None:
     """Refuse what cannot be opened, before anything is read.
 
     Raises:
@@ -33,6 +42,12 @@ def check_settings(problems: str, n_ops: Sequence[int], hint: str, held_out_frac
         raise ValueError(f"leetcode-mini has no hint {hint!r}; choose one of {', '.join(MINI_EVALUATORS)}.")
     if not 0.0 < held_out_fraction < 1.0:
         raise ValueError(f"held_out_fraction must lie between 0 and 1, got {held_out_fraction}.")
+    if (max_prompt_tokens is None) != (tokenizer is None):
+        raise ValueError(
+            "max_prompt_tokens and tokenizer go together: the limit is counted in that tokenizer's tokens; set both or neither."
+        )
+    if problems == "mini" and tokenizer is not None:
+        raise ValueError("leetcode-mini's prompts all have a few dozen tokens; max_prompt_tokens is for problem files, leave it out.")
     if problems == "mini" or problems.startswith(HUB_PREFIX):
         return
     if not problems.endswith(".jsonl"):
@@ -41,7 +56,16 @@ def check_settings(problems: str, n_ops: Sequence[int], hint: str, held_out_frac
         raise FileNotFoundError(f"There is no problem file {problems}; give the path of a .jsonl file, or 'mini'.")
 
 
-def open_source(problems: str, seed: int, n_ops: tuple[int, int], hint: str, held_out_fraction: float, hub_split: str) -> ProblemSource:
+def open_source(
+    problems: str,
+    seed: int,
+    n_ops: tuple[int, int],
+    hint: str,
+    held_out_fraction: float,
+    hub_split: str,
+    max_prompt_tokens: int | None = None,
+    tokenizer: str | None = None,
+) -> ProblemSource:
     """Open the generator, a file or a data set of the hub.
 
     Args:
@@ -51,11 +75,24 @@ def open_source(problems: str, seed: int, n_ops: tuple[int, int], hint: str, hel
         hint: The hint on training prompts and on the hinted held-out ones.
         held_out_fraction: Share of a file's problems that is held out.
         hub_split: Split of a data set of the hub.
+        max_prompt_tokens: Leave out problems whose prompt is longer under any hint; ``None`` = keep all.
+        tokenizer: Whose tokens are counted.
     """
     if problems == "mini":
         return MiniSource(seed, n_ops, hint)
     rows = read_hub(problems.removeprefix(HUB_PREFIX), hub_split) if problems.startswith(HUB_PREFIX) else read_jsonl(problems)
-    return list_source(rows, seed, hint, held_out_fraction, problems)
+    dropped: list[tuple[str, str, int]] = []
+    if max_prompt_tokens is not None and tokenizer is not None:
+        rows, dropped = align_rows(rows, max_prompt_tokens, chat_token_counter(tokenizer))
+    source = list_source(rows, seed, hint, held_out_fraction, problems)
+    source.provenance = {
+        "problems": len(rows),
+        "dropped_tests": {row.id: [list(why) for why in row.dropped_tests] for row in rows if row.dropped_tests},
+        "too_long": [list(why) for why in dropped],
+    }
+    if not problems.startswith(HUB_PREFIX):
+        source.provenance["sha256"] = file_hash(problems)
+    return source
 
 
 def is_held_out(problem_id: str, fraction: float) -> bool:

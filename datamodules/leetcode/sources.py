@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch.utils.data import Dataset
 
@@ -23,8 +23,21 @@ VALIDATION_SEED, TEST_SEED = 0, 1
 """Held-out problems of leetcode-mini do not depend on the run's seed, so that runs are compared on the same ones."""
 
 
+SELF_CHECK_PROBLEMS = 4
+"""Of leetcode-mini; enough to see that references pass, empty programs fail and a vacuous evaluator is paid and recognised."""
+
+
 class ProblemSource(Protocol):
     """Training and held-out problems by index. Sizes are ``None`` where there is no end."""
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What was read and what was left out of it, for manifests; plain data."""
+        ...
+
+    def check_problems(self) -> list[Problem]:
+        """The problems on which grading is checked before a run: all of a file, a few of a generator."""
+        ...
 
     @property
     def n_train(self) -> int | None:
@@ -66,6 +79,15 @@ class MiniSource:
     seed: int
     n_ops: tuple[int, int]
     hint: str
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Nothing: the generator's settings are the run's."""
+        return {}
+
+    def check_problems(self) -> list[Problem]:
+        """A few validation problems; the generator's own tests cover the others."""
+        return [self.validation(index) for index in range(SELF_CHECK_PROBLEMS)]
 
     @property
     def n_train(self) -> int | None:
@@ -118,6 +140,12 @@ class ListSource:
         self._held_out = held_out
         self._held_out_unseen = held_out_unseen
         self._make_pair = make_pair
+        self.provenance: dict[str, Any] = {}
+        """What was read and what was left out of it; plain data."""
+
+    def check_problems(self) -> list[Problem]:
+        """Every problem once, training and held out (those with their hint)."""
+        return [*self._train, *self._held_out]
 
     @property
     def n_train(self) -> int | None:
