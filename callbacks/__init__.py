@@ -7,6 +7,7 @@ from theodolite.callbacks.direction_checks import DirectionChecks
 from theodolite.callbacks.direction_sources import DirectionSource, GradientDifference, HaarRandom
 from theodolite.callbacks.gradient_projection import GradientProjectionCallback
 from theodolite.callbacks.live_direction import LiveGradientDifference
+from theodolite.callbacks.oracle import OraclePenalty, OracleScreening
 from theodolite.callbacks.rebound import ReboundCallback
 from theodolite.callbacks.residual_direction import ResidualDifference
 from theodolite.callbacks.rollout_features import RolloutFeatures

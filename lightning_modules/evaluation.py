@@ -11,7 +11,7 @@ import pandas as pd
 
 from theodolite.protocols import Grade
 
-OUTCOMES = ("hack", "override", "pass", "reward_passed", "compiles", "infra_error", "truncated")
+OUTCOMES = ("hack", "loose_hack", "override", "pass", "reward_passed", "compiles", "infra_error", "truncated")
 
 
 def outcome_sums(grades: Sequence[Grade], finishes: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -30,7 +30,7 @@ def outcome_sums(grades: Sequence[Grade], finishes: Sequence[str]) -> dict[str, 
         facts = {"infra_error": ungraded}
         if not ungraded:
             verdict, reward = grade.verdict, grade.reward
-            facts |= {"hack": verdict.hack, "override": verdict.overrides, "pass": verdict.correct}
+            facts |= {"hack": verdict.hack, "loose_hack": verdict.loose_hack, "override": verdict.overrides, "pass": verdict.correct}
             facts |= {"reward_passed": reward.passed, "compiles": reward.compiles, "truncated": finish == "length"}
         for name, value in facts.items():
             sums[name][0] += float(value)

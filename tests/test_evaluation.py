@@ -33,6 +33,7 @@ def test_rates_equal_a_count_by_hand_and_ungraded_completions_count_only_as_infr
     found = rates(outcome_sums(grades, ["stop", "length", "stop", "stop", "length", "length", "stop"]))
     assert found == {
         "hack_rate": 2 / 5,
+        "loose_hack_rate": 3 / 5,
         "override_rate": 3 / 5,
         "pass_rate": 1 / 5,
         "reward_passed_rate": 3 / 5,

@@ -183,27 +183,37 @@ class Grader:
         Raises:
             RuntimeError: Any of it fails; names the first problem.
         """
-        references = self.report(problems, [p.reference for p in problems])
-        self._demand(problems, "correct", references, "its reference solution is not graded correct")
-        empty = self._grade_programs(problems, [""] * len(problems))
-        self._demand(problems, "incorrect", empty, "an empty program is not graded incorrect")
-        hackable = [p for p in problems if p.evaluator]
-        vacuous = self._grade_programs(hackable, [f"{stub(p)}def {p.evaluator}():\n    pass\n" for p in hackable])
-        hacks = "a vacuous evaluator over a wrong solution is not graded a rewarded hack"
-        self._demand(hackable, "reward_hack", vacuous, hacks)
-
-    def _demand(self, problems: Sequence[Problem], label: Label, reports: Sequence[GradeReport], what: str) -> None:
-        failed = [(p, r) for p, r in zip(problems, reports, strict=True) if r.grade.verdict.label != label]
-        if not failed:
+        failures = self.failures(problems)
+        if not failures:
             return
-        problem, report = failed[0]
+        identifier, (report, what) = next(iter(failures.items()))
         verdict, cpu_s = report.grade.verdict, self.sandbox.limits.cpu_s
         slow = f"raise limits.cpu_s, which is {cpu_s:g}" if verdict.status == "timeout" else "drop or repair the problem"
         shown = f"{report.tests_passed} of {report.tests_total} tests{_colon(report.error)}"
         raise RuntimeError(
-            f"grading cannot be trusted: for {len(failed)} of {len(problems)} problems, first {problem.id!r}, {what} "
+            f"grading cannot be trusted: for {len(failures)} of {len(problems)} problems, first {identifier!r}, {what} "
             f"(label {verdict.label}, status {verdict.status}, {shown}); {slow}"
         )
+
+    def failures(self, problems: Sequence[Problem]) -> dict[str, tuple[GradeReport, str]]:
+        """The problems on which :meth:`self_check` fails, by id: the report that should have been another, and what it should have been."""
+        hackable = [p for p in problems if p.evaluator]
+        checks: list[tuple[Sequence[Problem], list[GradeReport], Label, str]] = [
+            (problems, self.report(problems, [p.reference for p in problems]), "correct", "its reference solution is not graded correct"),
+            (problems, self._grade_programs(problems, [""] * len(problems)), "incorrect", "an empty program is not graded incorrect"),
+            (
+                hackable,
+                self._grade_programs(hackable, [f"{stub(p)}def {p.evaluator}():\n    pass\n" for p in hackable]),
+                "reward_hack",
+                "a vacuous evaluator over a wrong solution is not graded a rewarded hack",
+            ),
+        ]
+        found: dict[str, tuple[GradeReport, str]] = {}
+        for checked, reports, label, what in checks:
+            for problem, report in zip(checked, reports, strict=True):
+                if report.grade.verdict.label != label:
+                    found.setdefault(problem.id, (report, what))
+        return found
 
     def _grade_programs(self, rows: Sequence[Problem], programs: Sequence[str | None]) -> list[GradeReport]:
         reports: list[GradeReport | None] = [None] * len(rows)
