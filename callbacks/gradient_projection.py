@@ -41,7 +41,7 @@ from theodolite.distributed import gather_objects
 from theodolite.functional.directions import ConceptDirection
 from theodolite.functional.projection import DEFAULT_MAX_MAGNITUDE_FACTOR, ProjectionRule, ProjectionStats
 from theodolite.projection_summary import per_module, summarise
-from theodolite.projector import Projector, StepPlan, parameters_of
+from theodolite.projector import Projector, StepPlan, parameters_of, restore
 from theodolite.protocols import Window
 
 
@@ -115,6 +115,7 @@ class GradientProjectionCallback(Callback):
         self._last_component = 0.0
         self._update_metrics: dict[str, Tensor] = {}
         self._training_weights: dict[str, Tensor] = {}
+        self._ended = False  # the weights have been left as they would be deployed
 
     @property
     def state_key(self) -> str:
@@ -150,7 +151,8 @@ class GradientProjectionCallback(Callback):
             self.current = None if fresh is None else self._bound(fresh, pl_module)
         if self.current is not None:
             self._put_in_force(self.current, trainer, pl_module)
-        self._restore_training_weights()  # a fit that had ended is continued: its checkpoint holds the deployed ones
+        self._restore_training_weights(pl_module)  # a fit that had ended is continued: its checkpoint holds the deployed ones
+        self._ended = False
         if self.plan.watches_update:
             self._handles = [optimizer.register_step_post_hook(partial(_after_step, self)) for optimizer in trainer.optimizers]
 
@@ -158,7 +160,8 @@ class GradientProjectionCallback(Callback):
         """Drop what is parked; raise ``RuntimeError`` if a whole fit never came by."""
         self._remove_hooks()
         self._bypass.end_fit()
-        self._training_weights = self.projector.drop_parked()
+        self._training_weights = self.projector.drop_parked(dict(pl_module.named_parameters()))
+        self._ended = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no hook behind."""
@@ -217,14 +220,22 @@ class GradientProjectionCallback(Callback):
     # ------------------------------------------------------------------ evaluation under route
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate the weights that would be deployed."""
+        """Evaluate the weights that would be deployed, in a fit and from its checkpoints."""
         if not self._training_weights:
-            self._training_weights = self.projector.drop_parked()
+            self._training_weights = self.projector.drop_parked(dict(pl_module.named_parameters()))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put exactly the weights of training back."""
-        if trainer.training or trainer.sanity_checking:
-            self._restore_training_weights()
+        if not self._ended:
+            self._restore_training_weights(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As for validation."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As for validation."""
+        self.on_validation_end(trainer, pl_module)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -257,6 +268,7 @@ class GradientProjectionCallback(Callback):
         if saved is not None:
             self.current = ConceptDirection(saved["vectors"], saved["space"], json.loads(saved["metadata"]))
         self.projector.parked, self._training_weights = dict(state_dict["parked"]), dict(state_dict["training_weights"])
+        self._ended = bool(self._training_weights)
 
     # ------------------------------------------------------------------ parts
 
@@ -320,8 +332,8 @@ class GradientProjectionCallback(Callback):
         for key, value in metrics.items():
             pl_module.log(f"projection/{self.name}/{key}", value, on_step=True, on_epoch=False)
 
-    def _restore_training_weights(self) -> None:
-        self.projector.restore(self._training_weights)
+    def _restore_training_weights(self, pl_module: LightningModule) -> None:
+        restore(dict(pl_module.named_parameters()), self._training_weights)
         self._training_weights = {}
 
     def _remove_hooks(self) -> None:

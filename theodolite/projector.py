@@ -164,25 +164,19 @@ class Projector:
     @contextmanager
     def deployed(self) -> Iterator[None]:
         """The weights without what is parked, inside; exactly those of training again on the way out."""
-        training = self.drop_parked()
+        training = self.drop_parked(self._parameters)
         try:
             yield
         finally:
-            self.restore(training)
+            restore(self._parameters, training)
 
     @torch.no_grad()
-    def drop_parked(self) -> dict[str, Tensor]:
-        """Subtract what is parked; returns copies of the weights as they were."""
-        training = {name: local(self._parameters[name]).clone() for name in self.parked}
+    def drop_parked(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Subtract what is parked; returns copies of the weights as they were, for :func:`restore`."""
+        training = {name: local(parameters[name]).clone() for name in self.parked}
         for name, parked in self.parked.items():
-            local(self._parameters[name]).sub_(parked)
+            local(parameters[name]).sub_(parked.to(parameters[name].device))
         return training
-
-    @torch.no_grad()
-    def restore(self, training: Mapping[str, Tensor]) -> None:
-        """Take back the weights that :meth:`drop_parked` returned."""
-        for name, weights in training.items():
-            local(self._parameters[name]).copy_(weights)
 
     def null_shares(self) -> dict[str, float]:
         """Per parameter, the share ``|c|^2 / |g|^2`` that a random gradient of its (whole) shape has in the basis."""
@@ -246,6 +240,13 @@ class Projector:
             moments = {name: optimizer.state[p][key] for name, p in mine.items() if isinstance(optimizer.state[p].get(key), Tensor)}
             if moments:
                 purger._project(moments, moments)
+
+
+@torch.no_grad()
+def restore(parameters: Mapping[str, nn.Parameter], training: Mapping[str, Tensor]) -> None:
+    """Take back the weights that :meth:`Projector.drop_parked` returned."""
+    for name, weights in training.items():
+        local(parameters[name]).copy_(weights)
 
 
 def parameters_of(optimizer: Optimizer) -> dict[int, nn.Parameter]:
