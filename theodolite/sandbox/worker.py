@@ -20,7 +20,12 @@ from .messages import Expected, judge
 from .tiers import ConcreteTier, wrapper
 
 _SCRIPT = Path(zygote.__file__).resolve()
-_ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # the order of a set must not differ between workers
+
+
+def _environment() -> dict[str, str]:
+    """The zygote's whole environment: the order of a set must not differ between workers, and the interpreter must find its libraries."""
+    libraries = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    return {"PYTHONHASHSEED": "0"} | libraries
 
 
 class WorkerDied(Exception):
@@ -101,7 +106,7 @@ class Worker:
                 self._process = subprocess.Popen(
                     self._command(theirs.fileno(), parent),
                     pass_fds=[theirs.fileno(), parent],
-                    env=_ENVIRONMENT,
+                    env=_environment(),
                     cwd="/",
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,

@@ -66,7 +66,8 @@ _REHEARSAL = (
 def main() -> None:
     """Serve jobs until the control socket closes or the parent is gone."""
     settings = json.loads(sys.argv[1])
-    os.environ.pop("PWD", None)  # bubblewrap's; programs see the same environment in every tier
+    for name in ("PWD", "LD_LIBRARY_PATH"):  # bubblewrap's, and the interpreter's: programs see the same environment everywhere
+        os.environ.pop(name, None)
     if settings["cpu"] is not None:
         os.sched_setaffinity(0, {settings["cpu"]})
     for name in FULL_MODULES if settings["modules"] == "full" else LEAN_MODULES:
