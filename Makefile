@@ -11,7 +11,7 @@ PYTEST := $(RUN) -m pytest
 FAST := not slow and not gpu and not peers and not vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm demo wheel
+.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm venv-peers bench-projection demo wheel
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,8 +48,19 @@ test-distributed: setup ## only the tests that start several processes
 test-gpu: setup ## tests that need a GPU
 	@$(PYTEST) -q -m gpu
 
-test-peers: setup ## comparisons with peer libraries
+test-peers: setup venv-peers ## comparisons with peer libraries; those of TRL run in an environment of its own
 	@$(PYTEST) -q -m peers
+	@OMP_NUM_THREADS=1 .venv-peers/bin/python -m pytest -q -m peers tests/test_trainer_callback.py
+
+venv-peers: .venv-peers/.installed ## .venv-peers with TRL beside this package
+
+.venv-peers/.installed: pyproject.toml constraints.txt
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e . "trl==1.16.0" pytest pytest-timeout hypothesis
+	@touch $@
+
+bench-projection: setup ## cost of a projection per optimizer step; JSON=FILE keeps the numbers
+	@$(RUN) benchmarks/projection.py $(if $(JSON),--json $(JSON))
 
 test-vllm: setup ## tests that need vLLM
 	@$(PIP) -c constraints.txt -e ".[dev,vllm]"

@@ -37,10 +37,9 @@ from theodolite.binding import Target, bind_direction, model_identity
 from theodolite.callbacks.bypass_guard import BypassGuard
 from theodolite.callbacks.direction_sources import DirectionSource
 from theodolite.callbacks.strategy_check import check_strategy
-from theodolite.distributed import gather_objects
 from theodolite.functional.directions import ConceptDirection
 from theodolite.functional.projection import DEFAULT_MAX_MAGNITUDE_FACTOR, ProjectionRule, ProjectionStats
-from theodolite.projection_summary import per_module, summarise
+from theodolite.projection_summary import PartShares, per_module, summarise
 from theodolite.projector import Projector, StepPlan, parameters_of, restore
 from theodolite.protocols import Window
 
@@ -111,8 +110,7 @@ class GradientProjectionCallback(Callback):
         self.firings, self.skipped_steps = 0, 0
         self._bypass = BypassGuard()
         self._handles: list[Any] = []
-        self._parts: dict[str, float] = {}
-        self._last_component = 0.0
+        self._parts = PartShares()
         self._update_metrics: dict[str, Tensor] = {}
         self._training_weights: dict[str, Tensor] = {}
         self._ended = False  # the weights have been left as they would be deployed
@@ -181,16 +179,15 @@ class GradientProjectionCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember where the counters stand."""
         self._bypass.begin_batch(trainer.global_step, self.firings, self.projector.watched())
-        self._update_metrics, self._parts, self._last_component = {}, {}, 0.0
+        self._update_metrics = {}
+        self._parts.reset()
 
     def on_microbatch_gradients(self, trainer: Trainer, pl_module: LightningModule, window: Window, part: str) -> None:
         """Credit the change of the component to the part that was just added (components are linear in the gradient)."""
         if not self.measure_parts or self.current is None:
             return
         gradients = {name: p.grad for name, p in self.projector.watched().items() if p.grad is not None}
-        component = float(sum(self.projector.coefficients(gradients).values()))
-        self._parts[part] = self._parts.get(part, 0.0) + component - self._last_component
-        self._last_component = component
+        self._parts.credit(part, float(sum(self.projector.coefficients(gradients).values())))
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -208,7 +205,7 @@ class GradientProjectionCallback(Callback):
             self.skipped_steps += 1
         else:
             metrics |= self._metrics(stats)
-            metrics |= self._part_metrics(stats)
+            metrics |= self._parts.metrics(stats) if self.measure_parts else {}
         metrics["skipped_steps"] = float(self.skipped_steps)
         self._log(pl_module, metrics)
 
@@ -314,19 +311,6 @@ class GradientProjectionCallback(Callback):
         half = self.rule.gate == "one_sided" and self.rule.push == 0
         metrics = summarise(stats, self.projector.null_shares(), half)
         return metrics | per_module(stats) if self.log_per_module else metrics
-
-    def _part_metrics(self, stats: dict[str, ProjectionStats]) -> dict[str, float]:
-        """Each part's share of the sum over ranks, in units in which the shares add up to ``global_cos``."""
-        if not self.measure_parts or not stats:
-            return {}
-        norms = torch.stack([one.norm.float() for one in stats.values()])
-        scale = len(stats) ** 0.5 * float(torch.linalg.vector_norm(norms).clamp_min(1e-30))
-        totals: dict[str, float] = {}
-        for parts in gather_objects(self._parts):
-            for part, component in parts.items():
-                totals[part] = totals.get(part, 0.0) + component
-        self._parts, self._last_component = {}, 0.0
-        return {f"part/{part}/cos": component / scale for part, component in totals.items()}
 
     def _log(self, pl_module: LightningModule, metrics: dict[str, Any]) -> None:
         for key, value in metrics.items():

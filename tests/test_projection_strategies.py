@@ -238,9 +238,8 @@ def main(folder: str, kind: str) -> None:
         trainer = trainer_of(callback, steps=4, use_distributed_sampler=False, **options)
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         trainer.fit(module, batches(rank, world))
-        weights = {
-            n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().flatten().tolist() for n, p in module.named_parameters()
-        }  # type: ignore[union-attr]
+        parts: dict[str, Any] = dict(module.named_parameters())
+        weights = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().flatten().tolist() for n, p in parts.items()}
         logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
         results[case] = {"weights": weights, "logged": logged, "skipped": callback.skipped_steps}
     Path(folder, f"{kind}-{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(results))

@@ -573,3 +573,18 @@ def test_inspect_and_compare_stand_beside_their_nulls() -> None:
     json.dumps(shown)
     with pytest.raises(ValueError, match="cannot be compared"):
         first.compare(ConceptDirection({"resid_post": torch.ones(1, 4)}, "residual"))
+
+
+# ---------------------------------------------------------------- configs
+
+DIRECTION_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "grpo" / "directions"
+
+
+@pytest.mark.parametrize("name", ["haar", "shuffled", "placebo", "reversed", "no_renorm", "update", "two_sided", "reverse"])
+def test_every_control_of_the_recipe_differs_from_it_in_one_line(name: str) -> None:
+    def lines(file: str) -> list[str]:
+        return [line for line in (DIRECTION_CONFIGS / file).read_text().splitlines() if not line.startswith("#")]
+
+    recipe, control = lines("base.yaml"), lines(f"{name}.yaml")
+    assert len(recipe) == len(control)
+    assert sum(a != b for a, b in zip(recipe, control, strict=True)) == 1

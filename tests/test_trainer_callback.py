@@ -47,7 +47,7 @@ def test_project_gradients_leaves_no_component_before_the_step_and_names_come_fr
     assert (direction.vectors["weight"].flatten(1) @ module.weight.grad.flatten()).abs().max() < 1e-5
     assert abs(float(metrics["cos_before"])) > 1e-3
     assert float(metrics["skipped"]) == 0.0
-    with pytest.raises(ValueError, match="named_parameters=model.named_parameters"):
+    with pytest.raises(ValueError, match=r"named_parameters=model\.named_parameters"):
         project_gradients(torch.optim.SGD(module.parameters(), lr=0.1), direction)
 
 
@@ -200,7 +200,7 @@ def test_trl_grpo_trainer_runs_three_steps_whose_projected_component_is_zero_bef
 
     grpo = example("project_in_grpo_trainer")
     grpo.ProjectionTrainerCallback = Watch
-    trainer, callback = grpo.main(steps=3, lora=lora)
+    trainer, _ = grpo.main(steps=3, lora=lora)
     assert trainer.state.global_step == 3
     assert len(seen) == 3
     assert max(seen) < 1e-6

@@ -7,7 +7,38 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from theodolite.distributed import gather_objects
 from theodolite.functional.projection import ProjectionStats
+
+
+class PartShares:
+    """Credits the component of a gradient to the named parts that were added to it one after the other."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new gradient."""
+        self._parts: dict[str, float] = {}
+        self._last = 0.0
+
+    def credit(self, part: str, component: float) -> None:
+        """The gradient's component is ``component`` after ``part`` has been added: components are linear in the gradient."""
+        self._parts[part] = self._parts.get(part, 0.0) + component - self._last
+        self._last = component
+
+    def metrics(self, stats: Mapping[str, ProjectionStats]) -> dict[str, float]:
+        """``part/<name>/cos``: each part's share over all ranks, in units in which the shares add up to ``global_cos``; resets."""
+        totals: dict[str, float] = {}
+        for parts in gather_objects(self._parts):
+            for part, component in parts.items():
+                totals[part] = totals.get(part, 0.0) + component
+        self.reset()
+        if not stats:
+            return {}
+        norms = torch.stack([one.norm.float() for one in stats.values()])
+        scale = len(stats) ** 0.5 * float(torch.linalg.vector_norm(norms).clamp_min(1e-30))
+        return {f"part/{part}/cos": component / scale for part, component in totals.items()}
 
 
 def summarise(stats: Mapping[str, ProjectionStats], null_shares: Mapping[str, float], gate_halves: bool) -> dict[str, Tensor]:

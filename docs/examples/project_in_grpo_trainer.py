@@ -9,6 +9,7 @@ direction here is a random one: put the folder that ``ConceptDirection.save`` wr
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -28,7 +29,13 @@ def tiny_policy() -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     config = Qwen3Config(vocab_size=len(vocabulary), head_dim=16, pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes)
     return Qwen3ForCausalLM(config), tokenizer
 

@@ -9,6 +9,7 @@ with your own model by giving the same names (``model.named_parameters()``).
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
@@ -23,7 +24,13 @@ PROMPT, UNWANTED, CLEAN = [5, 6, 7], [20, 21, 22], [30, 31, 32]
 def tiny_model() -> Qwen3ForCausalLM:
     """40,000 random parameters."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     return Qwen3ForCausalLM(Qwen3Config(vocab_size=64, head_dim=16, **sizes))
 
 
