@@ -38,9 +38,9 @@ from theodolite.callbacks.bypass_guard import BypassGuard
 from theodolite.callbacks.direction_sources import DirectionSource
 from theodolite.callbacks.strategy_check import check_strategy
 from theodolite.functional.directions import ConceptDirection
-from theodolite.functional.projection import DEFAULT_MAX_MAGNITUDE_FACTOR, ProjectionRule, ProjectionStats
+from theodolite.functional.projection import DEFAULT_MAX_MAGNITUDE_FACTOR, ProjectionRule
 from theodolite.projection_summary import PartShares, per_module, summarise
-from theodolite.projector import Projector, StepPlan, parameters_of, restore
+from theodolite.projector import Projector, StepPlan, StepStats, parameters_of, restore
 from theodolite.protocols import Window
 
 
@@ -307,7 +307,7 @@ class GradientProjectionCallback(Callback):
         self.projector.bind(self.current, parameters)
         self.projector.parked = {name: part.to(parameters[name].device) for name, part in self.projector.parked.items()}
 
-    def _metrics(self, stats: dict[str, ProjectionStats]) -> dict[str, Tensor]:
+    def _metrics(self, stats: StepStats) -> dict[str, Tensor]:
         half = self.rule.gate == "one_sided" and self.rule.push == 0
         metrics = summarise(stats, self.projector.null_shares(), half)
         return metrics | per_module(stats) if self.log_per_module else metrics

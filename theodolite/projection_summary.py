@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from theodolite.distributed import gather_objects
-from theodolite.functional.projection import ProjectionStats
+from theodolite.projector import StepStats
 
 
 class PartShares:
@@ -27,7 +27,7 @@ class PartShares:
         self._parts[part] = self._parts.get(part, 0.0) + component - self._last
         self._last = component
 
-    def metrics(self, stats: Mapping[str, ProjectionStats]) -> dict[str, float]:
+    def metrics(self, stats: StepStats) -> dict[str, float]:
         """``part/<name>/cos``: each part's share over all ranks, in units in which the shares add up to ``global_cos``; resets."""
         totals: dict[str, float] = {}
         for parts in gather_objects(self._parts):
@@ -36,12 +36,12 @@ class PartShares:
         self.reset()
         if not stats:
             return {}
-        norms = torch.stack([one.norm.float() for one in stats.values()])
+        norms = stats.column("norm")
         scale = len(stats) ** 0.5 * float(torch.linalg.vector_norm(norms).clamp_min(1e-30))
         return {f"part/{part}/cos": component / scale for part, component in totals.items()}
 
 
-def summarise(stats: Mapping[str, ProjectionStats], null_shares: Mapping[str, float], gate_halves: bool) -> dict[str, Tensor]:
+def summarise(stats: StepStats, null_shares: Mapping[str, float], gate_halves: bool) -> dict[str, Tensor]:
     """What is logged of one step: means over the projected matrices, and cosines of all of them as one vector.
 
     Args:
@@ -55,27 +55,19 @@ def summarise(stats: Mapping[str, ProjectionStats], null_shares: Mapping[str, fl
     """
     if not stats:
         return {}
-    values = list(stats.values())
-    device = values[0].fired.device
-    columns = {
-        "cos_before": [one.cos_before for one in values],
-        "cos_after": [one.cos_after for one in values],
-        "removed_fraction": [one.removed_fraction for one in values],
-        "fired_fraction": [one.fired for one in values],
-        "cin": [one.cin for one in values],
-        "cin_after": [one.cin_after for one in values],
-    }
-    result = {key: torch.stack([value.to(device).float() for value in column]).mean() for key, column in columns.items()}
-    norms = torch.stack([one.norm.to(device).float() for one in values])
+    columns = {"cos_before": "cos_before", "cos_after": "cos_after", "removed_fraction": "removed_fraction", "fired_fraction": "fired"}
+    columns |= {"cin": "cin", "cin_after": "cin_after"}
+    result = {key: stats.column(field).mean() for key, field in columns.items()}
+    norms = stats.column("norm")
     whole = torch.linalg.vector_norm(norms).clamp_min(1e-30)
-    result["global_cos"] = torch.stack([one.component.to(device).float() for one in values]).sum() / (len(values) ** 0.5 * whole)
-    result["global_cin"] = torch.linalg.vector_norm(torch.stack([one.cin.to(device).float() for one in values]) * norms) / whole
+    result["global_cos"] = stats.column("component").sum() / (len(stats) ** 0.5 * whole)
+    result["global_cin"] = torch.linalg.vector_norm(stats.column("cin") * norms) / whole
     shares = [null_shares[name] for name in stats] if "" not in stats else [_flattened_share(null_shares)]
     result["cin_null"] = torch.tensor((sum(shares) / len(shares) / (2 if gate_halves else 1)) ** 0.5)
     return result
 
 
-def per_module(stats: Mapping[str, ProjectionStats]) -> dict[str, Tensor]:
+def per_module(stats: StepStats) -> dict[str, Tensor]:
     """``<module>/<field>`` for the scalar fields of every parameter's statistics."""
     wanted = ("cos_before", "cos_after", "cin", "removed_fraction")
     return {f"{name.removesuffix('.weight')}/{field}": getattr(one, field).float() for name, one in stats.items() for field in wanted}

@@ -74,6 +74,33 @@ class StepPlan:
         return self.apply_to != "gradient" or self.measure_update
 
 
+class StepStats(Mapping[str, ProjectionStats]):
+    """Statistics by parameter name (one entry ``""`` if flattened), kept in columns: reading a name costs, averaging over all does not."""
+
+    def __init__(self, names: list[str], parts: list[ProjectionStats]) -> None:
+        self._index = {name: i for i, name in enumerate(names)}
+        self._parts = parts
+
+    def column(self, field: str) -> Tensor:
+        """One field of all parameters, in float32 on the first one's device."""
+        device = self._parts[0].norm.device
+        return torch.cat([getattr(part, field).to(device).float() for part in self._parts])
+
+    def __getitem__(self, name: str) -> ProjectionStats:
+        index = self._index[name]
+        for part in self._parts:
+            if index < len(part.norm):
+                return part.one(index)
+            index -= len(part.norm)
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+
 class Projector:
     """Projects the steps of one optimizer after another along one direction.
 
@@ -112,7 +139,7 @@ class Projector:
         return {name: parameter for name, parameter in self._parameters.items() if id(parameter) in trained}
 
     @torch.no_grad()
-    def before_step(self, optimizer: Optimizer) -> dict[str, ProjectionStats] | None:
+    def before_step(self, optimizer: Optimizer) -> StepStats | None:
         """Project the gradients in place and remember the parameters, as the plan wants.
 
         Returns:
@@ -140,7 +167,7 @@ class Projector:
         return stats
 
     @torch.no_grad()
-    def after_step(self, optimizer: Optimizer) -> dict[str, ProjectionStats]:
+    def after_step(self, optimizer: Optimizer) -> StepStats:
         """Project the change that the optimizer has applied to the parameters remembered by :meth:`before_step`; no-op without them."""
         before = {name: old for name, old in self._snapshot.items() if name in self.watched(optimizer)}
         self._snapshot = {}
@@ -148,12 +175,11 @@ class Projector:
         changes = {name: old - local(self._parameters[name]) for name, old in before.items()}
         if self.plan.apply_to == "gradient":
             return self._project(changes, None)
-        kept = {name: torch.empty_like(change) for name, change in changes.items()}
-        stats = self._project(changes, kept)
-        for name, old in before.items():
-            fired = stats["" if self.rule.flattened else name].fired
+        stats = self._project(changes, changes)
+        fired = stats.column("fired").bool().expand(len(before)) if before else ()
+        for (name, old), gate in zip(before.items(), fired, strict=True):
             parameter = local(self._parameters[name])
-            wanted = torch.where(fired, old - kept[name], parameter)
+            wanted = torch.where(gate, old - changes[name], parameter)
             if self.plan.route:
                 parked = self.parked.setdefault(name, torch.zeros_like(parameter))
                 parked += parameter - wanted
@@ -191,43 +217,34 @@ class Projector:
             result[name] = c.sum() / len(c) ** 0.5
         return result
 
-    def _project(self, gradients: Mapping[str, Tensor], write_to: Mapping[str, Tensor] | None) -> dict[str, ProjectionStats]:
+    def _project(self, gradients: Mapping[str, Tensor], write_to: Mapping[str, Tensor] | None) -> StepStats:
         """Statistics by name; the results go into ``write_to``, and nowhere without it."""
         rule = self.rule if write_to is not None else _measuring(self.rule)
-        stats: dict[str, ProjectionStats] = {}
-        for names in self._batches(gradients):
-            tensors = [local(gradients[name]) for name in names]
-            reduce = _reducer(self._parameters[names[0]])
-            groups = [module_of(name) for name in names]
-            results, found = project_all(tensors, [self._bases[name] for name in names], rule, groups, reduce)
-            stats |= dict(zip([""] if rule.flattened else names, found, strict=True))
-            if write_to is not None:
-                for name, result in zip(names, results, strict=True):
-                    local(write_to[name]).copy_(result)
-        return stats
+        names: list[str] = []
+        parts: list[ProjectionStats] = []
+        for batch in self._batches(gradients):
+            tensors = [local(gradients[name]) for name in batch]
+            outputs = None if write_to is None else [local(write_to[name]) for name in batch]
+            reduce = _reducer(self._parameters[batch[0]])
+            _, found = project_all(tensors, [self._bases[name] for name in batch], rule, [module_of(name) for name in batch], reduce, outputs)
+            names += [""] if rule.flattened else batch
+            parts.append(found)
+        return StepStats(names, parts)
 
     def _batches(self, gradients: Mapping[str, Tensor]) -> list[list[str]]:
-        """Names that must be projected in one call: one by one where nothing ties them, which saves memory.
+        """Names on one device, whole or sharded alike, that are projected in one call.
 
         Raises:
-            RuntimeError: A gate or a flattened gradient would have to span whole and sharded parameters.
+            RuntimeError: A gate or a flattened gradient would have to span several.
         """
         kinds: dict[str, list[str]] = {}
         for name in gradients:
             parameter = self._parameters[name]
-            kinds.setdefault(str((parameter.device_mesh, parameter.placements)) if isinstance(parameter, DTensor) else "", []).append(name)
-        joint = self.rule.flattened or self.rule.gate_scope == "global"
-        if joint and len(kinds) > 1:
-            raise RuntimeError("Some parameters are sharded differently from others, so they cannot share a gate: use gate_scope='tensor'.")
-        batches: list[list[str]] = []
-        for kind, names in kinds.items():
-            by_module: dict[str, list[str]] = {}
-            for name in names:
-                # shards go together, for one collective instead of many
-                key = "" if joint or kind else module_of(name) if self.rule.gate_scope == "module" else name
-                by_module.setdefault(key, []).append(name)
-            batches += by_module.values()
-        return batches
+            placed = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else parameter.device
+            kinds.setdefault(f"{placed} {parameter.dtype == torch.float64}", []).append(name)
+        if len(kinds) > 1 and (self.rule.flattened or self.rule.gate_scope != "tensor"):
+            raise RuntimeError("Some parameters lie elsewhere or are sharded differently, so they cannot share a gate: use gate_scope='tensor'.")
+        return list(kinds.values())
 
     def _purge(self, optimizer: Optimizer, mine: Mapping[str, nn.Parameter]) -> None:
         """Take the gated component out of first moments, without overshoot or rescaling."""

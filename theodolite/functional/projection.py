@@ -27,6 +27,7 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 Gate: TypeAlias = Literal["one_sided", "two_sided", "reverse"]
 GateScope: TypeAlias = Literal["tensor", "module", "global"]
@@ -101,6 +102,11 @@ class Basis:
         rows = self.rows.flatten(1).to(amounts.dtype)
         return amounts @ rows if self.columns is None else (rows.T @ amounts.view(-1, self.columns)).flatten()
 
+    @property
+    def coefficient_count(self) -> int:
+        """``k``, or ``k * d_in``."""
+        return len(self.rows) * (1 if self.columns is None else self.columns)
+
     def null_share(self, size: int) -> float:
         """Expected ``sum_i c_i^2 / |g|^2`` of an isotropic random gradient with ``size`` numbers: ``k / size``, or ``k / d_out``."""
         return len(self.rows) / (self.rows.shape[1] if self.output_side else size)
@@ -108,7 +114,8 @@ class Basis:
 
 @dataclass(frozen=True, slots=True)
 class ProjectionStats:
-    """What one projection did. All fields are 0-dimensional tensors on the gradient's device, so that reading them can be deferred.
+    """What a projection did. Fields are tensors on the gradient's device, so that reading them can be deferred: 0-dimensional for one gradient,
+    with one entry each for several.
 
     Attributes:
         cos_before: Cosine of ``g`` with ``u = sum_i v_i / sqrt(k)``, the middle of the rows (for ``k = 1`` simply the direction); 0 for
@@ -130,6 +137,10 @@ class ProjectionStats:
     cin_after: Tensor
     component: Tensor
     norm: Tensor
+
+    def one(self, index: int) -> ProjectionStats:
+        """Those of one of several gradients."""
+        return ProjectionStats(*(getattr(self, name)[index] for name in self.__slots__))
 
 
 def check_projection_settings(gate: str, overshoot: float, push: float, max_magnitude_factor: float) -> None:
@@ -199,7 +210,7 @@ def project(
     """
     rule = ProjectionRule(gate, "tensor", overshoot, push, preserve_magnitude, max_magnitude_factor)
     results, stats = project_all([gradient], [Basis(basis)], rule)
-    return results[0], stats[0]
+    return results[0], stats.one(0)
 
 
 def project_all(
@@ -208,19 +219,22 @@ def project_all(
     rule: ProjectionRule,
     groups: Sequence[str] | None = None,
     reduce: Reduce | None = None,
-) -> tuple[list[Tensor], list[ProjectionStats]]:
-    """Project several gradients under one rule.
+    outputs: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], ProjectionStats]:
+    """Project several gradients on one device under one rule.
 
     Args:
-        gradients: Tensors of any shapes and floating dtypes. Not modified.
+        gradients: Tensors of any shapes and floating dtypes. Not modified, unless they are among ``outputs``.
         bases: One per gradient, on its device.
         rule: What to do.
         groups: Gate scope ``module``: the module of each gradient. None puts each in its own.
         reduce: Gradients and bases are shards: sums coefficients and squared norms over those who hold the others. Everybody must call this
             with the same number of gradients, in the same order.
+        outputs: Where the new gradients go, one after the other; without it they are all held at once.
 
     Returns:
-        The new gradients, in the order and dtypes given, and their statistics: one per gradient, or a single one if ``rule.flattened``.
+        The new gradients, in the order and dtypes given, and their statistics with fields of shape (number of gradients,), or (1,) if
+        ``rule.flattened``.
 
     Raises:
         ValueError: Shapes that do not match, or a gate that needs a sign on an output-side basis.
@@ -230,105 +244,122 @@ def project_all(
         if basis.output_side and (rule.gate == "one_sided" or rule.push > 0):
             raise ValueError("An output-side basis has no sign for a one-sided gate or a push: use gate='two_sided' or 'reverse'.")
     flats = [g.flatten().to(_working_dtype(g, b.rows)) for g, b in zip(gradients, bases, strict=True)]
-    signed = [not basis.output_side for basis in bases]
-    c, norms = _measure(flats, bases, reduce)
-    if rule.flattened:
-        c, norms, signed = [torch.stack(c).sum(0)], [_joint_norm(norms)], signed[:1]
+    c, counts, norms = _measure(flats, bases, reduce, rule.flattened)
     shares = _gate_all(c, rule, groups)
-    amounts = [_push(c_i, n, rule.push) if rule.push > 0 else rule.overshoot * a for c_i, n, a in zip(c, norms, shares, strict=True)]
-    fired = [(amount != 0).any() & torch.isfinite(norm) for amount, norm in zip(amounts, norms, strict=True)]
-    spread = amounts * len(flats) if rule.flattened else amounts
-    removed = [basis.combine(amount) for basis, amount in zip(bases, spread, strict=True)]
-    removed_norms = _norms(removed, reduce, rule.flattened)
+    amounts = (rule.push * norms / counts**0.5)[:, None].expand_as(c) if rule.push > 0 else rule.overshoot * shares
+    fired = (amounts != 0).any(1) & torch.isfinite(norms)
     results = [gradient.flatten() for gradient in gradients]
+    removed_norms, after = torch.zeros_like(norms), (c, counts, norms)
     if not rule.measure_only:
-        projected = [flat - part for flat, part in zip(flats, removed, strict=True)]
-        if rule.preserve_magnitude:
-            after = _norms(projected, reduce, rule.flattened)
-            factors = [_magnitude_factor(n, m, rule.max_magnitude_factor) for n, m in zip(norms, after, strict=True)]
-            spread = factors * len(flats) if rule.flattened else factors
-            projected = [part * factor for part, factor in zip(projected, spread, strict=True)]
-        gates = fired * len(flats) if rule.flattened else fired
-        results = [torch.where(f, new.to(old.dtype), old) for f, new, old in zip(gates, projected, results, strict=True)]
-    c_after, norms_after = _measure([r.to(flat.dtype) for r, flat in zip(results, flats, strict=True)], bases, reduce)
-    if rule.flattened:
-        c_after, norms_after = [torch.stack(c_after).sum(0)], [_joint_norm(norms_after)]
-    shares_after = _gate_all(c_after, rule, groups)
-    stats = [
-        ProjectionStats(
-            cos_before=_cosine(c[i], norms[i], signed[i]),
-            cos_after=_cosine(c_after[i], norms_after[i], signed[i]),
-            removed_fraction=torch.zeros_like(norms[i]) if rule.measure_only else _share(removed_norms[i], norms[i]),
-            fired=fired[i],
-            cin=_share(_gate_norm(shares[i], rule), norms[i]),
-            cin_after=_share(_gate_norm(shares_after[i], rule), norms_after[i]),
-            component=_component(c[i], signed[i]),
-            norm=norms[i],
-        )
-        for i in range(len(c))
-    ]
+        results, removed_norms = _apply(flats, results, bases, amounts, fired, norms, rule, reduce, outputs)
+        after = _measure([r.to(flat.dtype) for r, flat in zip(results, flats, strict=True)], bases, reduce, rule.flattened)
+    elif outputs is not None:
+        for output, gradient in zip(outputs, gradients, strict=True):
+            output.copy_(gradient)
+    halved = 2.0 if rule.gate == "reverse" else 1.0
+    signed = torch.tensor([not basis.output_side for basis in bases][: len(c)], device=c.device)
+    stats = ProjectionStats(
+        cos_before=_cosine(c, counts, norms, signed),
+        cos_after=_cosine(*after, signed),
+        removed_fraction=_share(removed_norms, norms),
+        fired=fired,
+        cin=_share(torch.linalg.vector_norm(shares, dim=1) / halved, norms),
+        cin_after=_share(torch.linalg.vector_norm(_gate_all(after[0], rule, groups), dim=1) / halved, after[2]),
+        component=torch.where(signed, c.sum(1) / counts**0.5, torch.linalg.vector_norm(c, dim=1)),
+        norm=norms,
+    )
     return [result.view_as(gradient) for result, gradient in zip(results, gradients, strict=True)], stats
 
 
-def _gate_all(c: Sequence[Tensor], rule: ProjectionRule, groups: Sequence[str] | None) -> list[Tensor]:
-    """``a(c)`` for every tensor."""
+def _apply(
+    flats: Sequence[Tensor],
+    old: Sequence[Tensor],
+    bases: Sequence[Basis],
+    amounts: Tensor,
+    fired: Tensor,
+    norms: Tensor,
+    rule: ProjectionRule,
+    reduce: Reduce | None,
+    outputs: Sequence[Tensor] | None,
+) -> tuple[list[Tensor], Tensor]:
+    """The new flat gradients, and the norms of what was taken out of them."""
+    # only a factor that several tensors or processes share has to wait for all of them
+    at_once = rule.preserve_magnitude and (rule.flattened or reduce is not None)
+    results: list[Tensor] = []
+    removed_norms, projected_norms, waiting = [], [], []
+    lengths = [basis.coefficient_count for basis in bases]
+    for i, (flat, basis) in enumerate(zip(flats, bases, strict=True)):
+        unit = 0 if rule.flattened else i
+        removed = basis.combine(amounts[unit, : lengths[i]])
+        removed_norms.append(torch.linalg.vector_norm(removed))
+        projected = flat - removed
+        if at_once:
+            projected_norms.append(torch.linalg.vector_norm(projected))
+            waiting.append(projected)
+            continue
+        if rule.preserve_magnitude:
+            projected = projected * _magnitude_factor(norms[unit], torch.linalg.vector_norm(projected), rule.max_magnitude_factor)
+        results.append(_written(projected, old[i], fired[unit], outputs, i))
+    if at_once:
+        totals = _total_norms(torch.stack(projected_norms), reduce, rule.flattened)
+        for i, projected in enumerate(waiting):
+            unit = 0 if rule.flattened else i
+            factor = _magnitude_factor(norms[unit], totals[unit], rule.max_magnitude_factor)
+            results.append(_written(projected * factor, old[i], fired[unit], outputs, i))
+    return results, _total_norms(torch.stack(removed_norms), reduce, rule.flattened)
+
+
+def _written(projected: Tensor, old: Tensor, fired: Tensor, outputs: Sequence[Tensor] | None, index: int) -> Tensor:
+    """The projected values where the gate fired, the old bits elsewhere; in the output, if there is one."""
+    result = torch.where(fired, projected.to(old.dtype), old)
+    if outputs is None:
+        return result
+    outputs[index].copy_(result.view_as(outputs[index]))
+    return outputs[index].flatten()
+
+
+def _gate_all(c: Tensor, rule: ProjectionRule, groups: Sequence[str] | None) -> Tensor:
+    """``a(c)`` for every row of coefficients."""
     if rule.gate != "one_sided":
-        return [2 * c_i if rule.gate == "reverse" else c_i for c_i in c]
+        return 2 * c if rule.gate == "reverse" else c
     if rule.gate_scope == "tensor":
-        return [c_i.clamp_min(0) for c_i in c]
+        return c.clamp_min(0)
     keys = [""] * len(c) if rule.gate_scope == "global" else list(groups or map(str, range(len(c))))
-    totals: dict[str, Tensor] = {}
-    for key, c_i in zip(keys, c, strict=True):
-        totals[key] = totals[key] + c_i.sum() if key in totals else c_i.sum()
-    return [torch.where(totals[key] > 0, c_i, torch.zeros_like(c_i)) for key, c_i in zip(keys, c, strict=True)]
+    numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    index = torch.tensor([numbers[key] for key in keys], device=c.device)
+    totals = c.new_zeros(len(numbers)).index_add_(0, index, c.sum(1))
+    return torch.where((totals[index] > 0)[:, None], c, torch.zeros_like(c))
 
 
-def _measure(flats: Sequence[Tensor], bases: Sequence[Basis], reduce: Reduce | None) -> tuple[list[Tensor], list[Tensor]]:
-    """Coefficients and norms, of whole tensors or summed over shards in a single call of ``reduce``."""
-    c = [basis.coefficients(flat) for flat, basis in zip(flats, bases, strict=True)]
-    norms = [torch.linalg.vector_norm(flat) for flat in flats]
-    if reduce is None or not flats:
-        return c, norms
-    sizes = [len(c_i) for c_i in c]
-    total = reduce(torch.cat([*c, torch.stack(norms).square()]))
-    *parts, squares = total.split([*sizes, len(norms)])
-    return parts, list(squares.sqrt())
+def _measure(flats: Sequence[Tensor], bases: Sequence[Basis], reduce: Reduce | None, jointly: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients (P, K) with zeros behind the shorter ones, how many there are (P,), and norms (P,); P = 1 if ``jointly``."""
+    found = [basis.coefficients(flat) for flat, basis in zip(flats, bases, strict=True)]
+    norms = torch.stack([torch.linalg.vector_norm(flat) for flat in flats])
+    c = torch.stack(found) if len({len(one) for one in found}) == 1 else pad_sequence(found, batch_first=True)
+    counts = torch.tensor([float(len(one)) for one in found], device=c.device, dtype=norms.dtype)
+    if reduce is not None:
+        *whole, squares = reduce(torch.cat([c.flatten(), norms.square()])).split([c.numel(), len(norms)])
+        c, norms = whole[0].view_as(c), squares.sqrt()
+    if jointly:
+        return c.sum(0, keepdim=True), counts[:1], torch.linalg.vector_norm(norms)[None]
+    return c, counts, norms
 
 
-def _norms(flats: Sequence[Tensor], reduce: Reduce | None, jointly: bool) -> list[Tensor]:
-    """Norms per tensor, or of all tensors as one vector."""
-    norms = [torch.linalg.vector_norm(flat) for flat in flats]
-    if reduce is not None and norms:
-        norms = list(reduce(torch.stack(norms).square()).sqrt())
-    return [_joint_norm(norms)] if jointly else norms
+def _total_norms(norms: Tensor, reduce: Reduce | None, jointly: bool) -> Tensor:
+    """Norms over all shards, per tensor or of all as one vector."""
+    whole = norms if reduce is None else reduce(norms.square()).sqrt()
+    return torch.linalg.vector_norm(whole)[None] if jointly else whole
 
 
-def _joint_norm(norms: Sequence[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(list(norms)))
-
-
-def _push(c: Tensor, norm: Tensor, push: float) -> Tensor:
-    return (push * norm / len(c) ** 0.5).expand(len(c))
-
-
-def _gate_norm(share: Tensor, rule: ProjectionRule) -> Tensor:
-    return torch.linalg.vector_norm(share) / (2 if rule.gate == "reverse" else 1)
-
-
-def _cosine(c: Tensor, norm: Tensor, signed: bool) -> Tensor:
+def _cosine(c: Tensor, counts: Tensor, norms: Tensor, signed: Tensor) -> Tensor:
     """``sum_i c_i / (sqrt(k) |g|)`` (without a sign ``|c| / |g|``), and 0 for a zero gradient."""
-    if not signed:
-        return _share(torch.linalg.vector_norm(c), norm)
-    return torch.where(norm == 0, torch.zeros_like(norm), c.sum() / (len(c) ** 0.5 * norm))
+    cosine = torch.where(signed, c.sum(1) / (counts**0.5 * norms), torch.linalg.vector_norm(c, dim=1) / norms)
+    return torch.where(norms == 0, torch.zeros_like(norms), cosine)
 
 
-def _component(c: Tensor, signed: bool) -> Tensor:
-    return c.sum() / len(c) ** 0.5 if signed else torch.linalg.vector_norm(c)
-
-
-def _share(part: Tensor, norm: Tensor) -> Tensor:
+def _share(part: Tensor, norms: Tensor) -> Tensor:
     """``part / norm``, and 0 of a zero gradient."""
-    return torch.where(norm == 0, torch.zeros_like(norm), part / norm)
+    return torch.where(norms == 0, torch.zeros_like(norms), part / norms)
 
 
 def _check_shapes(gradient: Tensor, basis: Basis) -> None:
