@@ -3,10 +3,10 @@
     make bench-projection [JSON=FILE]
     python benchmarks/projection.py --pairs 12 --json result.json
 
-One fit per case. On every other step the callback stands aside, so that both kinds of step see the same machine, model and memory. A case is the
-median of ``--pairs`` steps of each kind after a warm-up; ``ratio`` is time without over time with: 0.99 means 1 % overhead. Bars: 0.99 for a
-rank-1 gradient projection, 0.97 for k = 16 on the update. One thread, CPU; the model is small, so the share is an upper bound for larger ones
-(the projection grows with the adapter, the step with model times tokens).
+One fit per case. On every other step the callback stands aside, so that both kinds of step see the same machine, model and memory. A
+case is the median of ``--pairs`` steps of each kind after a warm-up; ``ratio`` is time without over time with: 0.99 means 1 % overhead.
+Bars: 0.99 for a rank-1 gradient projection, 0.97 for k = 16 on the update. One thread, CPU; the model is small, so the share is an upper
+bound for larger ones (the projection grows with the adapter, the step with model times tokens).
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from theodolite.callbacks.bypass_guard import BypassGuard
 from theodolite.callbacks.direction_sources import DirectionSource
 from theodolite.callbacks.strategy_check import check_strategy
 from theodolite.functional.directions import ConceptDirection
-from theodolite.functional.projection import DEFAULT_MAX_MAGNITUDE_FACTOR, ProjectionRule
+from theodolite.functional.projection_rule import DEFAULT_MAX_MAGNITUDE_FACTOR, ProjectionRule
 from theodolite.projection_summary import PartShares, per_module, summarise
 from theodolite.projector import Projector, StepPlan, StepStats, parameters_of, restore
 from theodolite.protocols import Window

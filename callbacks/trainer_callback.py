@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 from theodolite.binding import Target, bind_direction, model_identity
 from theodolite.functional.directions import ConceptDirection
-from theodolite.functional.projection import DEFAULT_MAX_MAGNITUDE_FACTOR, Gate, GateScope, ProjectionRule
+from theodolite.functional.projection_rule import DEFAULT_MAX_MAGNITUDE_FACTOR, Gate, GateScope, ProjectionRule
 from theodolite.projection_summary import summarise
 from theodolite.projector import ApplyTo, Projector, StepPlan
 

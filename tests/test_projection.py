@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from theodolite.functional.projection import check_projection_settings, coefficients, project
+from theodolite.functional.projection import coefficients, project
+from theodolite.functional.projection_rule import check_projection_settings
 
 
 def draw(seed: int, k: int, shape: tuple[int, int], dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from theodolite.binding import bind_direction
 from theodolite.functional.directions import ConceptDirection
 from theodolite.functional.extraction import haar_random_like
-from theodolite.functional.projection import Basis, ProjectionRule, project_all
+from theodolite.functional.projection import Basis, project_all
+from theodolite.functional.projection_rule import ProjectionRule
 from theodolite.functional.subspaces import jointly_orthonormal
 from theodolite.projector import Projector, StepPlan
 

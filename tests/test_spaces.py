@@ -25,7 +25,7 @@ from theodolite.callbacks.rollout_features import gradient_features
 from theodolite.callbacks.sequence_gradients import weighted_gradient
 from theodolite.functional.directions import POLARITY, ConceptDirection
 from theodolite.functional.extraction import apply_control, denoise, gradient_difference, state_difference, swap_sides
-from theodolite.functional.projection import ProjectionRule
+from theodolite.functional.projection_rule import ProjectionRule
 from theodolite.functional.separation import auc, separation_report
 from theodolite.functional.spaces import residual_to_parameter, singular_to_parameter
 from theodolite.projector import Projector, StepPlan

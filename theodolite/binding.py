@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from theodolite.functional.directions import ConceptDirection, match_names
-from theodolite.functional.projection import ProjectionRule
+from theodolite.functional.projection_rule import ProjectionRule
 from theodolite.functional.spaces import residual_to_output, singular_to_parameter, writer_site
 from theodolite.residual_writers import is_writer, residual_writers
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from theodolite.binding import Target, bind_direction
 from theodolite.functional.directions import ConceptDirection
-from theodolite.functional.projection import DEFAULT_MAX_MAGNITUDE_FACTOR, Gate, GateScope, ProjectionRule
+from theodolite.functional.projection_rule import DEFAULT_MAX_MAGNITUDE_FACTOR, Gate, GateScope, ProjectionRule
 from theodolite.projection_summary import summarise
 from theodolite.projector import ApplyTo, Projector, StepPlan
 
@@ -53,7 +53,7 @@ def project_gradients(
         optimizer: Whose parameters are projected.
         direction: Where the step must not go; names are those of ``named_parameters``.
         named_parameters: As from ``model.named_parameters()``; None takes the names that the optimizer was built with.
-        gate: See :class:`~theodolite.functional.projection.ProjectionRule`, as for the next five.
+        gate: See :class:`~theodolite.functional.projection_rule.ProjectionRule`, as for the next five.
         gate_scope: Who decides.
         overshoot: 1 removes, 2 reflects.
         push: A constant step away instead of the gate.

@@ -29,7 +29,8 @@ from torch.distributed.tensor.placement_types import Placement, Shard
 from torch.optim import Optimizer
 
 from theodolite.functional.directions import ConceptDirection
-from theodolite.functional.projection import Basis, ProjectionRule, ProjectionStats, project_all
+from theodolite.functional.projection import Basis, ProjectionStats, project_all
+from theodolite.functional.projection_rule import ProjectionRule
 
 ApplyTo: TypeAlias = Literal["gradient", "update", "both"]
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
@@ -226,7 +227,9 @@ class Projector:
             tensors = [local(gradients[name]) for name in batch]
             outputs = None if write_to is None else [local(write_to[name]) for name in batch]
             reduce = _reducer(self._parameters[batch[0]])
-            _, found = project_all(tensors, [self._bases[name] for name in batch], rule, [module_of(name) for name in batch], reduce, outputs)
+            _, found = project_all(
+                tensors, [self._bases[name] for name in batch], rule, [module_of(name) for name in batch], reduce, outputs
+            )
             names += [""] if rule.flattened else batch
             parts.append(found)
         return StepStats(names, parts)
@@ -243,7 +246,7 @@ class Projector:
             placed = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else parameter.device
             kinds.setdefault(f"{placed} {parameter.dtype == torch.float64}", []).append(name)
         if len(kinds) > 1 and (self.rule.flattened or self.rule.gate_scope != "tensor"):
-            raise RuntimeError("Some parameters lie elsewhere or are sharded differently, so they cannot share a gate: use gate_scope='tensor'.")
+            raise RuntimeError("Some parameters are placed differently from others, so they cannot share a gate: use gate_scope='tensor'.")
         return list(kinds.values())
 
     def _purge(self, optimizer: Optimizer, mine: Mapping[str, nn.Parameter]) -> None:
