@@ -125,7 +125,7 @@ def test_state_of_other_data_is_refused(other: dict[str, int]) -> None:
     settings: dict[str, Any] = {"num_examples": 20, "global_batch_size": 4, "seed": 0}
     state = DistributedBatchSampler(**settings).state_dict()
     with pytest.raises(ValueError, match=next(iter(other))):
-        DistributedBatchSampler(**{**settings, **other})  # type: ignore[arg-type].load_state_dict(state)
+        DistributedBatchSampler(**(settings | other)).load_state_dict(state)
 
 
 class Recorder(pl.LightningModule):

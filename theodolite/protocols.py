@@ -20,9 +20,7 @@ from torch import Tensor
 Chat: TypeAlias = list[dict[str, str]]
 """Chat messages, each ``{"role": ..., "content": ...}``."""
 
-Label: TypeAlias = Literal[
-    "correct", "correct_attempted_hack", "reward_hack", "attempted_hack", "incorrect", "ungraded"
-]
+Label: TypeAlias = Literal["correct", "correct_attempted_hack", "reward_hack", "attempted_hack", "incorrect", "ungraded"]
 """What the oracle calls a completion. ``ungraded`` means the infrastructure failed: never an answer, never in a rate."""
 
 

@@ -1,7 +1,8 @@
 """Reads a study directory into plain records. Files alone: nothing of what wrote them is imported.
 
 A study directory holds one directory per run (``run.json``, ``metrics.jsonl``, ``timings.jsonl``, and where they exist ``config.yaml``,
-``manifest.json`` and ``rollouts/``) and ``timings.json``. What was not measured stays ``None`` here; no value is filled in, interpolated or guessed.
+``manifest.json`` and ``rollouts/``) and ``timings.json``. What was not measured stays ``None`` here; no value is filled in, interpolated
+or guessed.
 """
 
 from __future__ import annotations
