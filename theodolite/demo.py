@@ -48,7 +48,7 @@ ARMS = (
     Arm("push", "constant ungated push along the live direction, control"),
     Arm("rebound", "concept-score penalty on rewards, baseline"),
 )
-STEPS = 30
+STEPS = 36
 WARM_START = (("warm_start", ("sft/mini.yaml",), 240), ("topup", ("sft/mini.yaml", "sft/mini_topup.yaml"), 60))
 SOURCES = ("datamodules", "lightning_modules", "seeds.py", "batch_arithmetic.py", "sandbox")
 """What the warm start is a function of, beside its configs and the libraries: relative to the package."""
