@@ -17,6 +17,16 @@ from theodolite.seeds import derive_seed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def check_policy_folder(policy: str) -> None:
+    """Refuse a path without a model; what may be a hub id (at most one slash, no leading dot) is left to the hub.
+
+    Raises:
+        ValueError: ``policy`` is a path and holds no ``config.json``.
+    """
+    if (policy.count("/") > 1 or policy.startswith((".", "/"))) and not (Path(policy) / "config.json").is_file():
+        raise ValueError(f"model.policy is the folder {policy!r}, which holds no config.json: export a policy there, or give a hub id.")
+
+
 def load_policy(
     policy: str | dict[str, Any], revision: str | None, dtype: str, seed: int, vocab_size: int | None = None, end_id: int | None = None
 ) -> nn.Module:
@@ -39,10 +49,7 @@ def load_policy(
     if dtype not in DTYPES:
         raise ValueError(f"model.dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
     if isinstance(policy, str):
-        if policy.startswith((".", "/")) and not (Path(policy) / "config.json").is_file():
-            raise ValueError(
-                f"model.policy names the folder {policy!r}, which holds no config.json; export a policy there or give a hub id."
-            )
+        check_policy_folder(policy)
         model = AutoModelForCausalLM.from_pretrained(policy, revision=revision, dtype=DTYPES[dtype])
         return model.train()
     fields = dict(policy)

@@ -26,7 +26,7 @@ from theodolite.protocols import Chat, Environment, TokenSequence
 from theodolite.seeds import derive_seed, run_seed
 
 from .evaluation import add_sums, completion_row, outcome_sums, rates, write_completions
-from .policy import add_lora, freeze_all_but, load_policy, load_tokenizer
+from .policy import add_lora, check_policy_folder, freeze_all_but, load_policy, load_tokenizer
 from .rollouts import HFRollout, RolloutEngine, Sample, Sampling
 from .scoring import completion_log_probs, completion_states, pad_sequences, shared_prefix_log_probs, supports_shared_prefix
 from .tokenizer import train_bpe_tokenizer
@@ -98,6 +98,8 @@ class PolicyModule(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.automatic_optimization = False
+        if isinstance(policy, str):
+            check_policy_folder(policy)
         if isinstance(policy, dict) and tokenizer is None and train_tokenizer is None:
             raise ValueError(
                 "model.policy is a config without weights, so model.tokenizer or model.train_tokenizer must say how text is encoded."

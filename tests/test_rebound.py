@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 
-from theodolite.callbacks.rebound import ReboundCallback, fit_score, group_z, penalised, pool_states
+from theodolite.callbacks.completion_states import pool_states
+from theodolite.callbacks.rebound import ReboundCallback, fit_score, group_z, penalised
 from theodolite.protocols import ContrastPair, Reward, Rollout, TokenSequence, Window
 
 

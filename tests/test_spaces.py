@@ -21,7 +21,7 @@ from theodolite.callbacks.activation_probe import ActivationProbe
 from theodolite.callbacks.direction_checks import DirectionChecks, added_to_layers, steering_rates, stepped_towards
 from theodolite.callbacks.direction_sources import GradientDifference
 from theodolite.callbacks.residual_direction import ResidualDifference, mean_inputs
-from theodolite.callbacks.rollout_features import gradient_features
+from theodolite.callbacks.rollout_features import RolloutFeatures, gradient_features
 from theodolite.callbacks.sequence_gradients import weighted_gradient
 from theodolite.functional.directions import POLARITY, ConceptDirection
 from theodolite.functional.extraction import apply_control, denoise, gradient_difference, state_difference, swap_sides
@@ -29,7 +29,7 @@ from theodolite.functional.projection_rule import ProjectionRule
 from theodolite.functional.separation import auc, separation_report
 from theodolite.functional.spaces import residual_to_parameter, singular_to_parameter
 from theodolite.projector import Projector, StepPlan
-from theodolite.protocols import ContrastPair, Rollout, TokenSequence
+from theodolite.protocols import ContrastPair, Reward, Rollout, TokenSequence, Window
 from theodolite.residual_writers import base_weight_name, residual_writers
 
 CHECKS = DirectionChecks(held_out=4, min_accuracy=None)
@@ -514,6 +514,34 @@ def test_products_with_single_rollouts_equal_one_backward_pass_each() -> None:
             assert float(norms[i]) == pytest.approx(norm, rel=1e-4)
     assert policy.training
     assert all(p.grad is None for p in policy.parameters())
+
+
+def test_rollout_features_fill_the_window_for_later_callbacks_and_report_how_well_each_tells_flagged_rollouts() -> None:
+    policy, trainer = Policy(), stub_trainer()
+    trainer.callbacks = []
+    rollouts = [rollout(policy, ("cheat" if i % 2 else "solve") + "ghij"[i % 4], i) for i in range(12)]
+    rewards = [Reward(1.0, True, True)] * 12
+    name = "model.model.layers.1.mlp.down_proj.weight"
+    gradient = GradientDifference(n_pairs=12, parameters=[name], checks=CHECKS, seed=0).prepare(trainer, policy)  # type: ignore[arg-type]
+    source = ResidualDifference(n_pairs=12, denoise_rank=None, position="mean", checks=CHECKS, seed=0)
+    source.prepare(trainer, policy)  # type: ignore[arg-type]
+    assert source.residual is not None
+    for direction, names in ((gradient, {"gradient_dot", "gradient_norm", "gradient_cos"}), (source.residual, {"activation_score"})):
+        window = Window(0, [None] * 3, rollouts, rewards, 4, torch.ones(12, dtype=torch.float64))
+        features = RolloutFeatures(direction, detector="cheat")
+        features.setup(trainer, policy, "fit")  # type: ignore[arg-type]
+        features.on_fit_start(trainer, policy)  # type: ignore[arg-type]
+        features.on_rollouts(trainer, policy, window)  # type: ignore[arg-type]
+        assert set(window.features) == names
+        assert all(values.shape == (12,) for values in window.features.values())
+        for key, values in window.features.items():
+            total, count = window.metrics[f"features/{key}"]
+            assert total / count == pytest.approx(float(values.mean()))
+            assert 0 <= window.metrics[f"features/{key}_auc"][0] <= 1
+        assert torch.equal(window.values, torch.ones(12, dtype=torch.float64))
+    assert window.metrics["features/activation_score_auc"][0] > 0.9
+    with pytest.raises(ValueError, match="no projection named 'projection'"):
+        RolloutFeatures().setup(trainer, policy, "fit")  # type: ignore[arg-type]
 
 
 def test_products_refuse_parameters_that_no_linear_layer_owns() -> None:

@@ -170,7 +170,8 @@ class Projector:
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> StepStats:
         """Project the change that the optimizer has applied to the parameters remembered by :meth:`before_step`; no-op without them."""
-        before = {name: old for name, old in self._snapshot.items() if name in self.watched(optimizer)}
+        mine = self.watched(optimizer)
+        before = {name: old for name, old in self._snapshot.items() if name in mine}
         self._snapshot = {}
         # as the loss gradient that it stands for: a descent step is minus a gradient
         changes = {name: old - local(self._parameters[name]) for name, old in before.items()}
@@ -288,13 +289,15 @@ def local(tensor: Tensor) -> Tensor:
 def all_finite(gradients: Iterable[Tensor]) -> bool:
     """Whether every value is finite, on every process that holds a shard, with one transfer to the host."""
     whole = list(gradients)
-    # the maximum norm cannot overflow
-    largest = [torch.linalg.vector_norm(part, float("inf")).float() for part in map(local, whole) if part.numel() > 0]
-    reduce = next((_reducer(gradient) for gradient in whole if isinstance(gradient, DTensor)), None)
     if not whole:
         return True
+    reduce = next((_reducer(gradient) for gradient in whole if isinstance(gradient, DTensor)), None)
     device = local(whole[0]).device
-    bad = (~torch.isfinite(torch.stack([norm.to(device) for norm in largest]))).any().float() if largest else torch.zeros((), device=device)
+    # a NaN or an infinity survives summation, and a sum is several times faster than a maximum norm
+    sums = torch.stack(
+        [local(gradient).sum(dtype=torch.promote_types(gradient.dtype, torch.float32)).to(device).double() for gradient in whole]
+    )
+    bad = (~torch.isfinite(sums)).any().float()
     return not bool(reduce(bad[None]) if reduce is not None else bad)
 
 
