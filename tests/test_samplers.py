@@ -124,8 +124,9 @@ def test_resume_works_with_another_number_of_ranks() -> None:
 def test_state_of_other_data_is_refused(other: dict[str, int]) -> None:
     settings: dict[str, Any] = {"num_examples": 20, "global_batch_size": 4, "seed": 0}
     state = DistributedBatchSampler(**settings).state_dict()
+    changed: dict[str, Any] = settings | other
     with pytest.raises(ValueError, match=next(iter(other))):
-        DistributedBatchSampler(**(settings | other)).load_state_dict(state)
+        DistributedBatchSampler(**changed).load_state_dict(state)
 
 
 class Recorder(pl.LightningModule):
