@@ -345,7 +345,7 @@ def test_resuming_from_the_end_of_an_epoch_is_byte_for_byte(project: Path) -> No
 
 def test_interrupt_exits_with_130_and_says_where_the_checkpoint_is(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["fit", "--config=tiny.yaml", "--config=every_three.yaml", "--run_dir=out", "--trainer.callbacks+=tiny_modules.SignalAt"]
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     try:
         with pytest.raises(SystemExit, match="130"):
             main([*args, "--trainer.callbacks.batch=5", "--trainer.callbacks.name=SIGINT"])
