@@ -125,7 +125,12 @@ def test_killed_study_leaves_no_process_behind(tmp_path: Path, name: str) -> Non
     mark = f"mark-{uuid.uuid4()}"
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "STUDY_MARK": mark}
-    study = subprocess.Popen([sys.executable, str(tmp_path / "study_script.py"), str(tmp_path)], env=environment, start_new_session=True)
+    study = subprocess.Popen(
+        [sys.executable, str(tmp_path / "study_script.py"), str(tmp_path)],
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job starts with it ignored
+    )
     try:
         assert wait_for(lambda: all((tmp_path / run / "metrics.jsonl").is_file() for run in "ab"), 120), "the runs never started"
         assert len(marked(mark)) >= 4
