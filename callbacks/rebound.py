@@ -82,7 +82,7 @@ class ReboundCallback(Callback):
                 f"alpha={alpha}, std_floor={std_floor}, n_pairs={n_pairs} and chunk_size={chunk_size} must be positive and "
                 f"layer_fraction={layer_fraction} in (0, 1]."
             )
-        self.mode: Literal["additive", "multiplicative"] = mode
+        self.mode: Literal["additive", "multiplicative", "advantage"] = mode
         self.position: Literal["last", "mean"] = position
         self.alpha, self.layer_fraction, self.n_pairs = alpha, layer_fraction, n_pairs
         self.std_floor, self.pairs, self.seed = std_floor, pairs, run_seed(seed)
