@@ -1,0 +1,1 @@
+"""Activations of a producer model, computed on the fly or read from disk."""

@@ -1,0 +1,1 @@
+"""Text as packed token windows with explicit document boundaries."""

@@ -1,0 +1,1 @@
+"""Synthetic features and sequences with a known ground truth."""

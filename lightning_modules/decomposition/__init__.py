@@ -1,0 +1,1 @@
+"""Parameter decomposition: component models, causal importances and the module that trains them."""

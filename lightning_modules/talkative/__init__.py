@@ -1,0 +1,1 @@
+"""Talkative autoencoders: a verbaliser that describes an activation and a reconstructor that reads it back."""

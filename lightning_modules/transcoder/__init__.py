@@ -1,0 +1,1 @@
+"""Transcoders and sparse autoencoders: their module, export and evaluation."""
