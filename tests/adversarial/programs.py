@@ -272,7 +272,7 @@ add(
     "memory",
     "recursion in C",
     "import sys\nsys.setrecursionlimit(10**9)\n" + solution("g = lambda y: [*map(g, [y])]\nreturn g(x)"),
-    statuses=(RAISED, MEMORY),
+    statuses=(RAISED, MEMORY, TIMEOUT),
 )
 
 # -- output ---------------------------------------------------------------------------------------------------------------------------
