@@ -5,12 +5,13 @@ in this file:
 
 * a datamodule yields lists of :class:`PromptRow` and offers an :class:`Environment` that grades completions;
 * a :class:`Grade` has two halves that never mix: :class:`Reward` (what training may see) and :class:`Verdict` (the oracle);
-* a policy module hands every window of rollouts to the callbacks as a :class:`Window`, through the hooks of :class:`WindowHooks`.
+* a policy module hands every window of rollouts to the callbacks as a :class:`Window`, through the hooks of :class:`WindowHooks`;
+* a module that reconstructs a target model from masked parts offers :class:`MaskedReconstruction`, and an adversary can attack it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -258,3 +259,39 @@ class WindowHooks(Protocol):
 
     def on_after_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """The optimizer has stepped; the applied update is known."""
+
+
+@runtime_checkable
+class MaskedReconstruction(Protocol):
+    """A module whose reconstruction of a target an adversary can attack through *sources*.
+
+    A source is a number in [0, 1] per channel; the module turns sources into the masks they allow (for a decomposition with causal
+    importance g, the mask ``g + (1 - g) * source``, and the mask of the delta component is its source itself). What the channels are
+    is the module's own affair.
+    """
+
+    def leading_shape(self, batch: Any) -> tuple[int, ...]:
+        """Shape of the batch without channels: ``(rows,)`` or ``(rows, positions)``. Rows are the first axis of every tensor in it."""
+        ...
+
+    def source_channels(self) -> dict[str, int]:
+        """Number of source channels by site, in a fixed order: the components C, or C + 1 where a delta component comes last."""
+        ...
+
+    def prepare(self, batch: Any) -> Any:
+        """What every step of an attack on ``batch`` shares, without graph: target output, causal importances. Draws no random number."""
+        ...
+
+    def loss_sum(self, prepared: Any, sources: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        """Summed reconstruction loss under ``sources``, and the count it is a sum over.
+
+        Differentiable in the sources, without side effect, and in the module's own precision.
+
+        Args:
+            prepared: From :meth:`prepare`.
+            sources: By site, each broadcastable to ``(*leading_shape, channels)``.
+
+        Returns:
+            A scalar sum (KL over positions, or squared error over elements) and the count (positions, or elements).
+        """
+        ...
