@@ -11,7 +11,7 @@ PYTEST := $(RUN) -m pytest
 FAST := not slow and not gpu and not peers and not vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm venv-peers bench-projection demo wheel
+.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm venv-peers bench-projection bench-grading demo wheel
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ venv-peers: .venv-peers/.installed ## .venv-peers with TRL beside this package
 
 bench-projection: setup ## cost of a projection per optimizer step; JSON=FILE keeps the numbers
 	@$(RUN) benchmarks/projection.py $(if $(JSON),--json $(JSON))
+
+bench-grading: setup ## cost of grading beside one interpreter per execution; JSON=FILE keeps the numbers, PROBLEMS=FILE.jsonl
+	@$(RUN) benchmarks/grading.py $(if $(JSON),--json $(JSON)) $(if $(PROBLEMS),--problems $(PROBLEMS))
 
 test-vllm: setup ## tests that need vLLM
 	@$(PIP) -c constraints.txt -e ".[dev,vllm]"
