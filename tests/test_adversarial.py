@@ -24,7 +24,7 @@ NOBODY = 65534
 
 
 def outcome(prefix: list[str], tier: str = "auto") -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": "/tmp"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": "/"}
     done = subprocess.run([*prefix, sys.executable, str(SCRIPT), tier], capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])

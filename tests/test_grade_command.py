@@ -191,7 +191,7 @@ def test_as_a_process_with_a_worker_killed_in_the_middle_every_completion_is_gra
     _, err = grader.communicate(timeout=120)
     assert grader.returncode == 0, err
     assert [json.loads(line)["label"] for line in out.read_text().splitlines()] == ["correct"] * 200
-    assert err.splitlines()[-1].endswith("0 broken lines, 1 repeats")
+    assert err.splitlines()[-1].endswith(("0 broken lines, 0 repeats", "0 broken lines, 1 repeats"))  # 0: killed between two programs
 
 
 @pytest.mark.slow

@@ -122,6 +122,7 @@ class Grader:
         self.unfenced: Unfenced = unfenced
         self._grades = LRUCache[_Key, GradeReport](cache_size)
         self._soundness = LRUCache[_Key, bool](cache_size)
+        self._calls = LRUCache[int, tuple[tuple[TestCase, ...], tuple[Call, ...]]](512)  # holds the tests, so their ids stay theirs
         self._started = False
 
     @property
@@ -247,14 +248,21 @@ class Grader:
 
     def _execute(self, candidates: list[_Candidate]) -> dict[_Key, GradeReport]:
         """Two batches: all truth and claim jobs, then the evaluators whose soundness decides a label."""
-        calls = {id(c.problem): tuple(Call(t.args, t.kwargs) for t in c.problem.tests) for c in candidates}
         claiming = [c for c in candidates if c.override is not None]
-        truth_jobs = [Job(c.program, c.problem.entry, calls[id(c.problem)], c.problem.setup_code, order=c.order) for c in candidates]
+        truth_jobs = [Job(c.program, c.problem.entry, self._calls_of(c.problem), c.problem.setup_code, order=c.order) for c in candidates]
         outcomes = self.sandbox.run([*truth_jobs, *(_claim_job(c.override, c.program, c.problem) for c in claiming if c.override)])
         claims = dict(zip((c.key for c in claiming), outcomes[len(candidates) :], strict=True))
         findings = [_find(c, truth, claims.get(c.key)) for c, truth in zip(candidates, outcomes, strict=False)]
         sound = self._sound([f.candidate for f in findings if f.undecided])
         return {f.candidate.key: self._judge(f, sound.get(f.candidate.key, True)) for f in findings}
+
+    def _calls_of(self, problem: Problem) -> tuple[Call, ...]:
+        """The calls of a problem's tests: the same tuple every time, so that the sandbox encodes it once."""
+        known = self._calls.get(id(problem.tests))
+        if known is None:
+            known = (problem.tests, tuple(Call(test.args, test.kwargs) for test in problem.tests))
+            self._calls.put(id(problem.tests), known)
+        return known[1]
 
     def _judge(self, found: _Finding, sound: bool | None) -> GradeReport:
         c, correct = found.candidate, found.correct

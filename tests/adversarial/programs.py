@@ -306,16 +306,16 @@ MACHINE = {
     "posix_spawn": "import os\nos.posix_spawn('/bin/sleep', ['sleep', '60'], {})",
     "exec": "import os\nos.execv('/bin/sleep', ['sleep', '60'])",
     "multiprocessing": "import multiprocessing\nmultiprocessing.Process(target=print).start()",
-    "write a file": f"open('/tmp/{MARKER}', 'w').write('x')",
+    "write a file": f"open('/var/tmp/{MARKER}', 'w').write('x')",
     "write here": f"open('{MARKER}', 'w').write('x')",
     "write shared memory": f"open('/dev/shm/{MARKER}', 'w').write('x')",
-    "fill the disk": f"f = open('/tmp/{MARKER}', 'wb')\nwhile True:\n    f.write(bytes(10**6))",
-    "make a folder": f"import os\nos.mkdir('/tmp/{MARKER}')",
+    "fill the disk": f"f = open('/var/tmp/{MARKER}', 'wb')\nwhile True:\n    f.write(bytes(10**6))",
+    "make a folder": f"import os\nos.mkdir('/var/tmp/{MARKER}')",
     "remove a file": "import os\nos.unlink('/dev/null')",
     "rename a file": "import os\nos.rename('/dev/null', '/dev/nil')",
-    "change a mode": "import os\nos.chmod('/tmp', 0)",
-    "change times": "import os\nos.utime('/tmp')",
-    "change the owner": "import os\nos.chown('/tmp', 1, 1)",
+    "change a mode": "import os\nos.chmod('/var/tmp', 0)",
+    "change times": "import os\nos.utime('/var/tmp')",
+    "change the owner": "import os\nos.chown('/var/tmp', 1, 1)",
     "look at a file": "import os\nos.stat('/etc/passwd')",
     "list a folder": "import os\nos.listdir('/')",
     "read a file": "open('/etc/passwd').read()",
@@ -340,7 +340,7 @@ MACHINE = {
     "raise a limit": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
     "become root": "import os\nos.setuid(0)\nos.setresuid(0, 0, 0)",
     "new namespace": "import ctypes\nif ctypes.CDLL(None).unshare(0x10000000) == -1:\n    raise OSError",
-    "mount": "import ctypes\nif ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, 0) == -1:\n    raise OSError",
+    "mount": "import ctypes\nif ctypes.CDLL(None).mount(b'none', b'/var/tmp', b'tmpfs', 0, 0) == -1:\n    raise OSError",
     "nice": "import os\nos.nice(-20)",
     "pin to a core": "import os\nos.sched_setaffinity(0, {0})",
     "io_uring": "import ctypes\nif ctypes.CDLL(None).syscall(425, 8, 0) == -1:\n    raise OSError",
@@ -363,7 +363,7 @@ for _name, _attack in MACHINE.items():
 # -- poison for whoever runs next -----------------------------------------------------------------------------------------------------
 add("poison", "builtins, modules, seeds", (
     "import builtins, json, math, random, sys\nbuiltins.len = lambda x: 7\njson.loads = json.dumps = None\nmath.pi = 3\nrandom.seed(1)\n"
-    "sys.setrecursionlimit(60)\nsys.path.insert(0, '/tmp')\nint.real\n" + WRONG
+    "sys.setrecursionlimit(60)\nsys.path.insert(0, '/var/tmp')\nint.real\n" + WRONG
 ), statuses=(OK, TAMPER, RAISED))  # fmt: skip
 add("poison", "the runner's own functions", (
     "import sys, gc\nfor o in gc.get_objects():\n    if getattr(o, '__name__', '') in ('answer', 'to_wire', 'from_wire', '_describe'):\n"

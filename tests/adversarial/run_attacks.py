@@ -46,7 +46,7 @@ def sessions(leaders: list[int]) -> set[int]:
 
 def left_behind() -> list[str]:
     """Files of ours where an attack may have written."""
-    places = (Path("/tmp"), Path("/dev/shm"), Path("/"), Path.cwd())
+    places = (Path("/var/tmp"), Path("/dev/shm"), Path("/"), Path.cwd())
     return [str(place / MARKER) for place in places if (place / MARKER).exists()]
 
 

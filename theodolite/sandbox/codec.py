@@ -24,6 +24,13 @@ MAX_HASHED = 4096
 """Most dict and set entries accepted in one value: hashing entries chosen to collide costs quadratic time in the trusted process."""
 
 _SMALL = 1 << 63
+_PLAIN = {int, bool, float, type(None)}
+_READABLE = {int, bool, float, str, type(None)}
+
+
+def _all_small(values: list[Any]) -> bool:
+    numbers = [value for value in values if type(value) is int]
+    return not numbers or (min(numbers) >= -_SMALL and max(numbers) < _SMALL)
 
 
 class Opaque:
@@ -45,7 +52,7 @@ class Opaque:
 
 
 def to_wire(value: Any, depth: int = 0) -> Any:
-    """What ``json.dumps`` should get for ``value``.
+    """What ``json.dumps`` should get for ``value``; shares no container with it.
 
     A subclass is not its base: an ``int`` subclass or a ``Counter`` becomes an :class:`Opaque`, whatever it compares equal to.
 
@@ -64,6 +71,8 @@ def to_wire(value: Any, depth: int = 0) -> Any:
     if depth >= MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
     if kind is list:
+        if set(map(type, value)) <= _PLAIN and _all_small(value):  # the usual answer, without a Python call per member
+            return value.copy()
         return [to_wire(v, depth + 1) for v in value]
     if kind is dict:
         return {"d": [[to_wire(k, depth + 1), to_wire(v, depth + 1)] for k, v in value.items()]}
@@ -106,6 +115,8 @@ class _Reader:
         kind = type(node)
         if kind is list:
             self._check_depth(depth)
+            if set(map(type, node)) <= _READABLE:
+                return node
             return [self.read(n, depth + 1) for n in node]
         if kind is not dict:
             return node

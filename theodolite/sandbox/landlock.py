@@ -1,4 +1,4 @@
-"""Landlock: what files a child could open if the seccomp filter let it. Linux >= 5.13; standard library only.
+"""Landlock: what files the fork server and its children could open if the seccomp filter let them. Linux >= 5.13; standard library only.
 
 The default is an empty ruleset (nothing may be opened, connected to or signalled), a second wall behind the filter. With ``readable``
 folders it is the first wall: the filter then lets files be opened for reading, and only Landlock says which.
@@ -20,15 +20,30 @@ def abi_version(libc: ctypes.CDLL) -> int:
     return max(0, libc.syscall(_CREATE_RULESET, None, 0, _VERSION_FLAG))
 
 
-def make_ruleset(libc: ctypes.CDLL, readable: list[str]) -> int:
-    """Descriptor of a ruleset that refuses everything this kernel can refuse, except reading below ``readable``; -1 without Landlock.
+def restrict_self(libc: ctypes.CDLL, readable: list[str]) -> int:
+    """Refuse this process and its children everything that this kernel's Landlock can refuse, except reading below ``readable``, for good.
+
+    Needs ``no_new_privs``.
+
+    Returns:
+        The version of the kernel's Landlock interface; 0 where there is none, and then nothing is restricted.
 
     Raises:
-        OSError: The kernel has Landlock but does not take the ruleset.
+        OSError: The kernel has Landlock but refuses.
     """
+    if abi_version(libc) < 1:
+        return 0
+    ruleset = _make_ruleset(libc, readable)
+    try:
+        if libc.syscall(_RESTRICT_SELF, ruleset, 0):
+            raise OSError(ctypes.get_errno(), "landlock_restrict_self failed")
+    finally:
+        os.close(ruleset)
+    return abi_version(libc)
+
+
+def _make_ruleset(libc: ctypes.CDLL, readable: list[str]) -> int:
     abi = abi_version(libc)
-    if abi < 1:
-        return -1
     rights = (1 << 13) - 1  # ABI 1: execute, read, write, list, remove and make of every kind
     for since, bit in ((2, 13), (3, 14), (5, 15)):  # refer, truncate, device ioctl
         rights |= (abi >= since) << bit
@@ -50,10 +65,3 @@ def _allow_reading(libc: ctypes.CDLL, ruleset: int, path: str) -> None:
             raise OSError(ctypes.get_errno(), f"landlock_add_rule failed for {path}")
     finally:
         os.close(folder)
-
-
-def restrict_and_close(libc: ctypes.CDLL, ruleset: int) -> None:
-    """Apply a ruleset to this process for good and close it; needs ``no_new_privs``. Raises ``OSError`` when the kernel refuses."""
-    if libc.syscall(_RESTRICT_SELF, ruleset, 0):
-        raise OSError(ctypes.get_errno(), "landlock_restrict_self failed")
-    os.close(ruleset)

@@ -15,7 +15,6 @@ import resource
 import signal
 import struct
 import sys
-from collections.abc import Callable
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _SECCOMP_MODE_FILTER = 2
@@ -92,22 +91,32 @@ def _reading_steps(numbers: dict[str, int]) -> list[tuple[int, int, int, int]]:
 
 
 class Jail:
-    """Everything that can be prepared once, before the fork, so that locking a child down takes a few system calls.
+    """Everything that can be prepared or given up once, before the fork, so that locking a child down takes a few system calls.
 
     Args:
         filtered: Install the seccomp filter; ``False`` only for the tier that the user has to call unsafe.
         reading: See :func:`filter_program`.
-        restrict: Called after ``no_new_privs``, before the filter: the place for Landlock.
     """
 
-    def __init__(self, filtered: bool = True, reading: bool = False, restrict: Callable[[], None] | None = None) -> None:
+    def __init__(self, filtered: bool = True, reading: bool = False) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
-        self._filtered, self._restrict = filtered, restrict
-        self._descriptors = 5 if filtered and not reading else 64
+        self._filtered = filtered
         program = filter_program(reading=reading) if filtered else b""
         self._code = ctypes.create_string_buffer(program, len(program))
         self._filter = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(self._code)))
-        self._capability_header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
+        self._hard = {kind: _hard_limit(kind) for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_CPU, resource.RLIMIT_AS)}
+        self._own_bytes = 0
+
+    def confine_server(self) -> None:
+        """Give up, in the fork server and so in every child, what the server does not need itself: capabilities, new privileges, cores."""
+        self._check(self._libc.capset(struct.pack("Ii", _CAPABILITY_VERSION_3, 0), bytes(24)), "capset")
+        self._check(self._libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
+        for kind, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_STACK, 64 << 20)):
+            value = min(value, _hard_limit(kind))
+            resource.setrlimit(kind, (value, value))
+
+    def measure(self) -> None:
+        """Note the server's own address space, on top of which a child's memory limit counts."""
         with open("/proc/self/statm", encoding="ascii") as statm:
             self._own_bytes = int(statm.read().split()[0]) * resource.getpagesize()
 
@@ -118,30 +127,19 @@ class Jail:
             raise OSError("the zygote is gone")
 
     def lock_down(self, cpu_s: float, memory_bytes: int, output_bytes: int) -> None:
-        """Set the limits, drop all capabilities and install the filter. Raises ``OSError`` when any step fails."""
-        self._set_limits(cpu_s, memory_bytes, output_bytes)
-        self._check(self._libc.capset(self._capability_header, bytes(24)), "capset")
-        self._check(self._libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
-        if self._restrict is not None:
-            self._restrict()
+        """Set the limits and install the filter, in a child. Raises ``OSError`` when any step fails."""
+        self._limit(resource.RLIMIT_FSIZE, output_bytes)
+        self._limit(resource.RLIMIT_CPU, math.ceil(cpu_s) + 1)  # a backstop: the timer below has fractions
+        self._limit(resource.RLIMIT_AS, self._own_bytes + memory_bytes)
+        signal.setitimer(signal.ITIMER_PROF, cpu_s)  # SIGPROF ends the process; the filter leaves no way to catch or block it
         if self._filtered:
             self._check(self._libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._filter, 0, 0), "prctl(PR_SET_SECCOMP)")
+        else:
+            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 
-    def _set_limits(self, cpu_s: float, memory_bytes: int, output_bytes: int) -> None:
-        whole = math.ceil(cpu_s) + 1  # a backstop: the timer below has fractions
-        stack = min(64 << 20, _hard_limit(resource.RLIMIT_STACK))
-        for kind, value in (
-            (resource.RLIMIT_CORE, 0),
-            (resource.RLIMIT_NPROC, 0),
-            (resource.RLIMIT_NOFILE, self._descriptors),
-            (resource.RLIMIT_FSIZE, output_bytes),
-            (resource.RLIMIT_STACK, stack),
-            (resource.RLIMIT_CPU, whole),
-            (resource.RLIMIT_AS, self._own_bytes + memory_bytes),
-        ):
-            value = min(value, _hard_limit(kind))
-            resource.setrlimit(kind, (value, value))
-        signal.setitimer(signal.ITIMER_PROF, cpu_s)  # SIGPROF ends the process; the filter leaves no way to catch or block it
+    def _limit(self, kind: int, value: int) -> None:
+        value = min(value, self._hard[kind])
+        resource.setrlimit(kind, (value, value))
 
     @staticmethod
     def _check(result: int, what: str) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import base64
+import itertools
 import json
+import marshal
 import os
+import re
 import signal
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, cast
 
 from . import codec, zygote
@@ -15,22 +21,92 @@ _REPORTED: frozenset[str] = frozenset({"ok", "syntax_error", "runtime_error", "m
 
 
 def encode_calls(calls: tuple[Call, ...]) -> str:
-    """The calls as JSON text. Raises ``ValueError`` for an argument of a type that is not carried."""
-    wire = [[codec.to_wire(list(call.args)), codec.to_wire(call.kwargs)] for call in calls]
-    text = json.dumps(wire)
+    """The calls as JSON text.
+
+    A call of lists, strings and ordinary numbers is ``[0, args, kwargs]`` as it stands, so that the child reads it in C; any other goes
+    through the codec as ``[1, ...]``.
+
+    Raises:
+        ValueError: An argument is of a type that is not carried.
+    """
+    return f"[{', '.join(_encode_call(call) for call in calls)}]"
+
+
+# In a repr: tuples, dicts and sets, bytes, huge numbers, surrogates (JSON would join a pair of them), anything else. Strings that hold such
+# characters take the longer way for nothing.
+_NOT_PLAIN = re.compile(r"[({<]|\bb['\"]|\d{4000}|\\ud|Ellipsis|\dj")
+
+
+def _encode_call(call: Call) -> str:
+    if _is_plain([*call.args, *call.kwargs.values()]):
+        return json.dumps([0, call.args, call.kwargs])
+    wire = [codec.to_wire(list(call.args)), codec.to_wire(call.kwargs)]
+    text = json.dumps([1, *wire])
     if '{"o": ' in text or '{"q": ' in text:
-        for call in calls:
-            _refuse_opaque(codec.from_wire(codec.to_wire([list(call.args), call.kwargs])))
+        _refuse_opaque(codec.from_wire(codec.to_wire([list(call.args), call.kwargs])))
     return text
 
 
-def encode_job(job: Job, calls: str, token: str) -> bytes:
+def _is_plain(values: list[Any]) -> bool:
+    """JSON carries them exactly. Decided on their repr, in C: the values are the trusted side's own."""
+    if not all(type(value) in _JSON_TYPES for value in values):
+        return False
+    try:
+        return not _NOT_PLAIN.search(repr(values))
+    except ValueError:  # more digits than Python converts
+        return False
+
+
+_JSON_TYPES = (int, float, str, bool, list, type(None))
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Trusted setup code, taken apart and compiled once for all jobs that share it.
+
+    Attributes:
+        imports: Its leading imports of modules that every zygote has loaded, one statement per line; a zygote runs them before any fork.
+        code: The rest, compiled and marshalled, in base64; empty when there is none.
+        source: All of it, when it cannot be taken apart: the child then compiles it.
+    """
+
+    imports: str = ""
+    code: str = ""
+    source: str = ""
+
+
+@lru_cache(maxsize=64)
+def split_setup(source: str, modules: tuple[str, ...]) -> Setup:
+    """Take setup code apart.
+
+    Args:
+        source: The code.
+        modules: What every zygote has loaded.
+    """
+    try:
+        body = ast.parse(source).body
+        leading = list(itertools.takewhile(lambda statement: _imports_only(statement, modules), body))
+        rest = ast.Module(body[len(leading) :], [])
+        code = base64.b64encode(marshal.dumps(compile(rest, "<setup>", "exec", dont_inherit=True))).decode() if rest.body else ""
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return Setup(source=source)
+    return Setup("\n".join(map(ast.unparse, leading)), code)
+
+
+def _imports_only(statement: ast.stmt, modules: tuple[str, ...]) -> bool:
+    if isinstance(statement, ast.Import):
+        return all(alias.name in modules for alias in statement.names)
+    return isinstance(statement, ast.ImportFrom) and statement.level == 0 and statement.module in modules
+
+
+def encode_job(job: Job, calls: str, token: str, setup: Setup) -> bytes:
     """The job as the child reads it; ``calls`` is the text of :func:`encode_calls`, ``token`` must be in its answer."""
     head = {
         "token": token,
         "name": "__main__" if job.as_main else "solution",
         "program": job.program,
-        "setup": job.setup_code,
+        "setup": setup.source,
+        "setup_code": setup.code,
         "entry": job.entry,
         "invoke": job.invoke,
         "binds": job.binds,

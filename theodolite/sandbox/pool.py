@@ -8,13 +8,13 @@ import select
 import sysconfig
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from types import TracebackType
 from typing import cast
 
 from .jobs import Call, Job, Limits, Outcome
-from .messages import Expected, encode_calls, encode_job
+from .messages import Expected, Setup, encode_calls, encode_job, split_setup
 from .tiers import ATTACKS, CHAIN, PROBE, ConcreteTier, Tier, TierReport, with_reading
 from .worker import Worker, WorkerDied
 
@@ -59,7 +59,7 @@ class Sandbox:
         self._size, self._preload, self._asked = workers, preload, tier
         self._reading = _standard_library() if stdlib_files else ()
         self._workers: list[Worker] = []
-        self._lock = threading.Lock()
+        self._lock, self._texts = threading.Lock(), _CallTexts()
         self._owner: int | None = None
         self._report: TierReport | None = None
         self.retries = 0
@@ -144,7 +144,7 @@ class Sandbox:
     def _run(self, jobs: Sequence[Job], limits: Limits, deadline_s: float | None = None) -> list[Outcome]:
         self._require_started()
         with self._lock:
-            batch = _Batch(jobs, limits, self._workers, deadline_s)
+            batch = _Batch(jobs, limits, self._workers, self._texts, deadline_s)
             try:
                 outcomes = batch.run()
             except BaseException:
@@ -181,10 +181,13 @@ class Sandbox:
 class _Batch:
     """One call of :meth:`Sandbox.run`: an event loop over the workers' control sockets, without threads."""
 
-    def __init__(self, jobs: Sequence[Job], limits: Limits, workers: list[Worker], deadline_s: float | None) -> None:
-        texts: dict[int, str] = {}  # completions of one problem share their calls
+    def __init__(self, jobs: Sequence[Job], limits: Limits, workers: list[Worker], texts: _CallTexts, deadline_s: float | None) -> None:
         self._expected = [Expected(os.urandom(8).hex(), _output_count(job)) for job in jobs]
-        self._jobs = [encode_job(job, _cached_calls(job, texts), e.token) for job, e in zip(jobs, self._expected, strict=True)]
+        self._setups = [_setup(job.setup_code, workers) for job in jobs]
+        self._jobs = [
+            encode_job(job, texts.of(job.calls), expected.token, setup)
+            for job, expected, setup in zip(jobs, self._expected, self._setups, strict=True)
+        ]
         self._limits, self._workers = limits, workers
         self._outcomes: list[Outcome | None] = [None] * len(jobs)
         self._waiting = deque((index, 1) for index in range(len(jobs)))
@@ -218,7 +221,7 @@ class _Batch:
         index, attempt = self._waiting.popleft()
         self._given[number] = (index, attempt)
         try:
-            worker.submit(self._jobs[index], self._expected[index], self._limits)
+            worker.submit(self._jobs[index], self._expected[index], self._limits, self._setups[index].imports)
         except WorkerDied as death:
             self._lost(number, worker, str(death))
 
@@ -271,8 +274,25 @@ def _standard_library() -> tuple[str, ...]:
     return tuple(sorted({os.path.realpath(paths["stdlib"]), os.path.realpath(paths["platstdlib"])}))
 
 
-def _cached_calls(job: Job, texts: dict[int, str]) -> str:
-    """``encode_calls`` once per tuple of calls; the jobs keep the tuples alive, so their ids are unique."""
-    if id(job.calls) not in texts:
-        texts[id(job.calls)] = encode_calls(job.calls)
-    return texts[id(job.calls)]
+def _setup(source: str, workers: list[Worker]) -> Setup:
+    """Setup code taken apart, or as it is where a zygote has no room for its imports."""
+    if not source:
+        return Setup()
+    setup = split_setup(source, workers[0].modules)
+    return setup if all(worker.accepts(setup.imports) for worker in workers) else Setup(source=source)
+
+
+class _CallTexts:
+    """``encode_calls`` once per tuple of calls, for the tuples that were used last; completions of one problem share theirs."""
+
+    def __init__(self, size: int = 512) -> None:
+        self._texts: OrderedDict[int, tuple[tuple[Call, ...], str]] = OrderedDict()  # holds the tuples, so their ids stay theirs
+        self._size = size
+
+    def of(self, calls: tuple[Call, ...]) -> str:
+        if id(calls) not in self._texts:
+            self._texts[id(calls)] = (calls, encode_calls(calls))
+            if len(self._texts) > self._size:
+                self._texts.popitem(last=False)
+        self._texts.move_to_end(id(calls))
+        return self._texts[id(calls)][1]

@@ -5,22 +5,31 @@ Standard library only: the zygote loads this file by path.
 
 from __future__ import annotations
 
+import binascii
 import builtins
 import json
+import marshal
 import sys
 from types import CodeType, ModuleType
 from typing import Any
 
-_dumps = json.dumps
+_dumps, _loads = json.dumps, json.loads
 
 # Looked up before any fork. All of builtins would cost a tenth of a job: comparing touches, and so copies, the page of every value.
 _WATCHED = {name: vars(builtins)[name] for name in ("__import__", "eval", "exec", "isinstance", "len", "print", "sum", "type")}
 
 
-def answer(raw_job: bytes, output_bytes: int, codec: Any) -> bytes:
-    """Run one encoded job and return its encoded answer, at most ``output_bytes`` long (or a note that it would be longer)."""
+def answer(raw_job: bytes, output_bytes: int, codec: Any, module: ModuleType) -> bytes:
+    """Run one encoded job and return its encoded answer, at most ``output_bytes`` long (or a note that it would be longer).
+
+    Args:
+        raw_job: As ``messages.encode_job`` makes it.
+        output_bytes: Longest answer.
+        codec: The codec module.
+        module: Where the program runs; it may hold imports that the zygote made for it.
+    """
     job = json.loads(raw_job)
-    frame = _Run(job, output_bytes, codec).frame()
+    frame = _Run(job, output_bytes, codec, module).frame()
     if len(frame) > output_bytes:
         return _dumps({"token": job["token"], "status": "output_limit", "error": "the answer is too large"}).encode()
     return frame
@@ -29,18 +38,20 @@ def answer(raw_job: bytes, output_bytes: int, codec: Any) -> bytes:
 class _Run:
     """One job. ``token`` goes into the answer, so that bytes which a program writes blindly are not taken for one."""
 
-    def __init__(self, job: dict[str, Any], output_bytes: int, codec: Any) -> None:
-        self.job, self.output_bytes, self.codec = job, output_bytes, codec
-        self.namespace: dict[str, Any] = {}
+    def __init__(self, job: dict[str, Any], output_bytes: int, codec: Any, module: ModuleType) -> None:
+        self.job, self.output_bytes, self.codec, self.module = job, output_bytes, codec, module
+        self.namespace: dict[str, Any] = module.__dict__
         self.bound = False
 
     def frame(self) -> bytes:
         job = self.job
-        module = ModuleType(job["name"])
-        sys.modules[job["name"]] = module  # dataclasses and enums look their module up by name
-        self.namespace = module.__dict__
+        self.module.__name__ = job["name"]
+        sys.modules[job["name"]] = self.module  # dataclasses and enums look their module up by name
         try:
-            bodies = [_compiled(job["setup"], "<setup>", "exec"), _compiled(job["program"], "<program>", "exec")]
+            bodies = [_compiled(job["setup"], "<setup>", "exec")] if job["setup"] else []
+            if job["setup_code"]:
+                bodies.append(marshal.loads(binascii.a2b_base64(job["setup_code"])))  # compiled by the trusted side
+            bodies.append(_compiled(job["program"], "<program>", "exec"))
         except BaseException as error:  # the parser also raises ValueError, MemoryError and RecursionError on sources it cannot take
             return self._encoded("syntax_error", error=_describe(error))
         try:
@@ -61,22 +72,23 @@ class _Run:
 
     def _called(self) -> bytes:
         entry = _compiled(self.job["entry"], "<entry>", "eval")
-        calls, from_wire, to_wire = self.job["calls"], self.codec.from_wire, self.codec.to_wire
-        answers: list[str] = []
-        size = 0
-        for index in self.job["order"]:
-            args, kwargs = calls[index]
+        calls, order, from_wire, to_wire = self.job["calls"], self.job["order"], self.codec.from_wire, self.codec.to_wire
+        again = {index: _dumps(calls[index]) for index in order if order.count(index) > 1} if len(set(order)) < len(order) else {}
+        answers: list[Any] = []
+        for index in order:
+            coded, args, kwargs = _loads(again[index]) if index in again else calls[index]
             try:
                 function = eval(entry, self.namespace)
-                value = function(*from_wire(args, sys.maxsize), **from_wire(kwargs, sys.maxsize))
-                answers.append(_dumps([to_wire(value)]))  # now: a later call may change the object
+                if coded:
+                    args, kwargs = from_wire(args, sys.maxsize), from_wire(kwargs, sys.maxsize)
+                answers.append([to_wire(function(*args, **kwargs))])  # a copy, now: a later call may change the object
             except BaseException as error:
-                answers.append(_dumps(_describe(error)))
-            size += len(answers[-1]) + 2
-            if size > self.output_bytes:
-                break
-        head = self._encoded("ok")[:-1].decode()
-        return f'{head}, "outputs": [{", ".join(answers)}]}}'.encode()
+                answers.append(_describe(error))
+        try:
+            return self._encoded("ok", outputs=answers)
+        except MemoryError as error:
+            answers.clear()
+            return self._encoded("memory", error=_describe(error))
 
     def _encoded(self, status: str, **fields: Any) -> bytes:
         return _dumps({"token": self.job["token"], "status": status, "tampered": self._tampered(), "bound": self.bound, **fields}).encode()

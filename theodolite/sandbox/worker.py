@@ -67,6 +67,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._running: _Running | None = None
+        self._preludes: dict[str, int] = {}
         self.in_force: dict[str, Any] = {}
         """What the zygote said of itself when it came up: the version of Landlock (0: none)."""
 
@@ -118,7 +119,7 @@ class Worker:
             raise
         finally:
             os.close(parent)
-        self._control = ours
+        self._control, self._preludes = ours, {}
 
     def _command(self, control: int, parent: int) -> list[str]:
         settings = {
@@ -161,12 +162,28 @@ class Worker:
                 self._process.stderr.close()
             self._process = None
 
-    def submit(self, job: bytes, expected: Expected, limits: Limits) -> None:
-        """Hand over an encoded job. Raises :class:`WorkerDied` when the zygote is gone."""
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """What the zygote imports before any fork."""
+        return zygote.FULL_MODULES if self._modules == "full" else zygote.LEAN_MODULES
+
+    def submit(self, job: bytes, expected: Expected, limits: Limits, imports: str = "") -> None:
+        """Hand over an encoded job.
+
+        Args:
+            job: The job.
+            expected: What its answer must look like.
+            limits: What it may use.
+            imports: Import statements that the child finds done; see ``messages.Setup``.
+
+        Raises:
+            WorkerDied: The zygote is gone.
+        """
         job_fd, answer_fd = os.memfd_create("job"), os.memfd_create("answer")
         self._running = _Running(limits, expected, answer_fd, time.monotonic() + limits.wall_s + self._grace_s)
-        request = zygote.REQUEST.pack(limits.cpu_s, limits.wall_s, limits.memory_mb << 20, limits.output_kb << 10)
         try:
+            sizes = (limits.memory_mb << 20, limits.output_kb << 10)
+            request = zygote.REQUEST.pack(limits.cpu_s, limits.wall_s, *sizes, self._prelude(imports))
             with os.fdopen(job_fd, "wb", closefd=False) as file:
                 file.write(job)
             os.lseek(job_fd, 0, os.SEEK_SET)
@@ -175,6 +192,19 @@ class Worker:
             raise WorkerDied(str(error)) from error
         finally:
             os.close(job_fd)
+
+    def _prelude(self, imports: str) -> int:
+        """The number under which the zygote knows the imports; it is told when it does not."""
+        if imports and imports not in self._preludes:
+            self._socket().send(imports.encode())
+            self._preludes[imports] = len(self._preludes) + 1
+        return self._preludes.get(imports, 0)
+
+    def accepts(self, imports: str) -> bool:
+        """The zygote knows these imports, or has room for them."""
+        size = len(imports.encode())
+        fits = size < zygote.PRELUDE_BYTES and size != zygote.REQUEST.size
+        return imports in self._preludes or not imports or (fits and len(self._preludes) < zygote.MAX_PRELUDES)
 
     def collect(self) -> Outcome:
         """The outcome of the ended job. Raises :class:`WorkerDied` when the zygote ended instead."""

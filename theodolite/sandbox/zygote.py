@@ -9,7 +9,8 @@ them.
 stay on, or null).
 
 Control messages (SOCK_SEQPACKET): first out, a JSON object that says what is in force; then in, :data:`REQUEST` and two descriptors (job,
-answer), and out, :data:`REPLY`.
+answer), and out, :data:`REPLY`. A message of any other length is a prelude: import statements, of modules that are loaded already, which
+the trusted side took from setup code; children that name it start with them done.
 """
 
 from __future__ import annotations
@@ -32,8 +33,14 @@ import time
 from types import ModuleType
 from typing import Any
 
-REQUEST = struct.Struct("=ddQQ")
-"""cpu_s, wall_s, memory_bytes, output_bytes."""
+REQUEST = struct.Struct("=ddQQB")
+"""cpu_s, wall_s, memory_bytes, output_bytes, number of the prelude (0: none)."""
+
+MAX_PRELUDES = 16
+"""Different preludes that a zygote keeps; numbers start at 1, in the order in which they came."""
+
+PRELUDE_BYTES = 16384
+"""Longest prelude."""
 
 REPLY = struct.Struct("=iddQB")
 """Wait status (-1: no child), CPU seconds, wall seconds, peak resident bytes, 1 if killed at the wall limit."""
@@ -56,11 +63,20 @@ FULL_MODULES = (
 )  # fmt: skip
 """Imported once, before any fork. A child can open no file, so a program can import these and what they import, and nothing else."""
 
-_REHEARSAL = (
-    b'{"token": "", "name": "solution", "setup": "", "program": "def f(x, y=(1,)):\\n    return [x, {str(x): y}]", "entry": "f", '
-    b'"invoke": null, "binds": null, "order": [0, 1, 1], '
-    b'"calls": [[[1, [2, "a"]], {"d": []}], [[0.5], {"d": [["y", {"t": [1, null]}]]}]]}'
-)
+_REHEARSAL = json.dumps(
+    {
+        "token": "",
+        "name": "solution",
+        "setup": "",
+        "setup_code": "",
+        "program": "def f(x, y=(1,)):\n    return [x, {str(x): y}]",
+        "entry": "f",
+        "invoke": None,
+        "binds": None,
+        "order": [0, 1, 1],
+        "calls": [[0, [1, [2, "a"]], {}], [1, [0.5], {"d": [["y", {"t": [1, None]}]]}]],
+    }
+).encode()
 
 
 def main() -> None:
@@ -70,14 +86,14 @@ def main() -> None:
         os.environ.pop(name, None)
     if settings["cpu"] is not None:
         os.sched_setaffinity(0, {settings["cpu"]})
-    for name in FULL_MODULES if settings["modules"] == "full" else LEAN_MODULES:
-        importlib.import_module(name)
+    _import_all(FULL_MODULES if settings["modules"] == "full" else LEAN_MODULES)
     if settings["tier"] == "namespaces":
         _sibling("namespaces").enter(ctypes.CDLL(None, use_errno=True))
     control, parent = _reserve_low_descriptors(settings["control"], settings["parent"])
     server = _Server(socket.socket(fileno=control), parent, settings)
     for _ in range(20):
         server.rehearse()
+    server.confine(settings["reading"])
     random.seed(0)  # a verdict must not depend on luck
     gc.collect()
     gc.freeze()  # a collection in a child would otherwise write to (and copy) every page
@@ -85,19 +101,27 @@ def main() -> None:
     server.serve()
 
 
+def _import_all(names: tuple[str, ...]) -> None:
+    """Import what programs may use. Without OpenSSL, whose pages every fork would copy: hashlib has its own implementations."""
+    sys.modules["_hashlib"] = None  # type: ignore[assignment]
+    for name in names:
+        importlib.import_module(name)
+    del sys.modules["_hashlib"]
+
+
 def _reserve_low_descriptors(*wanted: int) -> list[int]:
-    """Put /dev/null on 0-4, so that a passed descriptor never lands there, and close all but the wanted ones; returns their new numbers."""
-    first_free = max(ANSWER_FD, *wanted) + 1
-    moved = [first_free + place for place in range(len(wanted))]
-    for old, new in zip(wanted, moved, strict=True):
-        os.dup2(old, new, inheritable=False)
+    """Put /dev/null on 0-4, so that a passed descriptor never lands there, the wanted ones right above, and close all others."""
+    aside = max(ANSWER_FD + len(wanted), *wanted) + 1
+    for place, descriptor in enumerate(wanted):
+        os.dup2(descriptor, aside + place, inheritable=False)
     null = os.open(os.devnull, os.O_RDWR)
-    while null <= ANSWER_FD:
-        null = os.dup(null)
     for low in range(ANSWER_FD + 1):
-        os.dup2(null, low)
-    os.closerange(ANSWER_FD + 1, first_free)
-    os.closerange(moved[-1] + 1, moved[-1] + 64)
+        if low != null:
+            os.dup2(null, low)
+    moved = [ANSWER_FD + 1 + place for place in range(len(wanted))]
+    for place, descriptor in enumerate(moved):
+        os.dup2(aside + place, descriptor, inheritable=False)
+    os.closerange(moved[-1] + 1, aside + len(wanted) + 64)
     return moved
 
 
@@ -106,37 +130,43 @@ class _Server:
         self.control = control
         self.codec, self.runner = _sibling("codec"), _sibling("runner")
         self.confined = settings["tier"] != "unsafe"
-        self.jail, self.landlock, self.ruleset = self._make_jail(settings["reading"])
+        self.jail: Any = _sibling("lockdown").Jail(filtered=self.confined, reading=bool(settings["reading"]))
         # The C library's fork instead of os.fork: no thread exists here, so Python's after-fork repairs (a third of a job's cost) are void.
         self.fork = ctypes.PyDLL(None).fork
         self.parent = parent
+        self.preludes = [ModuleType("solution")]
         self.idle = select.poll()
         self.idle.register(control, select.POLLIN)
         self.idle.register(parent, select.POLLIN)
-        self.highest = max(control.fileno(), parent, self.ruleset)
+        self.landlock = 0
 
-    def _make_jail(self, reading: list[str]) -> tuple[Any, int, int]:
-        """The jail, the version of Landlock in force (0: none) and the ruleset's descriptor (-1: none)."""
+    def confine(self, reading: list[str]) -> None:
+        """Give up what neither this process nor a child will need; the version of Landlock in force goes into ``landlock``."""
+        self.jail.measure()
+        self.jail.confine_server()
+        if not self.confined:
+            return
         landlock, libc = _sibling("landlock"), ctypes.CDLL(None, use_errno=True)
-        ruleset = landlock.make_ruleset(libc, reading) if self.confined else -1
-        if reading and ruleset < 0:
+        self.landlock = landlock.restrict_self(libc, reading)
+        if reading and not self.landlock:
             raise OSError("programs may only read files behind Landlock, which this kernel lacks")
-        restrict = (lambda: landlock.restrict_and_close(libc, ruleset)) if ruleset >= 0 else None
-        jail = _sibling("lockdown").Jail(filtered=self.confined, reading=bool(reading), restrict=restrict)
-        return jail, landlock.abi_version(libc) if ruleset >= 0 else 0, ruleset
 
     def rehearse(self) -> None:
         """Run a job of our own, so that the interpreter's caches are warm before the fork and not anew in every child."""
-        self.runner.answer(_REHEARSAL, 1 << 20, self.codec)
+        self.runner.answer(_REHEARSAL, 1 << 20, self.codec, ModuleType("solution"))
+        sys.modules.pop("solution")
 
     def serve(self) -> None:
         while True:
             ready = dict(self.idle.poll())
             if self.parent in ready:  # someone forked from the parent may still hold its end of the socket, which then never closes
                 os._exit(0)
-            request, ancillary, _, _ = self.control.recvmsg(REQUEST.size, socket.CMSG_LEN(2 * 4))
-            if len(request) != REQUEST.size:
+            request, ancillary, _, _ = self.control.recvmsg(PRELUDE_BYTES, socket.CMSG_LEN(2 * 4))
+            if not request:
                 os._exit(0)
+            if len(request) != REQUEST.size:
+                self._add_prelude(request.decode())
+                continue
             descriptors = array.array("i")
             for _level, _type, data in ancillary:
                 descriptors.frombytes(data)
@@ -144,7 +174,15 @@ class _Server:
             with contextlib.suppress(BrokenPipeError):  # the parent left; the next poll says so
                 self.control.send(reply)
 
-    def _run_child(self, request: tuple[float, float, int, int], descriptors: list[int]) -> bytes:
+    def _add_prelude(self, imports: str) -> None:
+        """Make a module that children find with its imports done."""
+        module = ModuleType("solution")
+        exec(imports, module.__dict__)
+        self.preludes.append(module)
+        gc.collect()
+        gc.freeze()
+
+    def _run_child(self, request: tuple[float, float, int, int, int], descriptors: list[int]) -> bytes:
         started = time.monotonic()
         zygote = os.getpid()
         pid = self.fork()
@@ -183,35 +221,26 @@ class _Server:
             os.close(process)
 
 
-def _child(server: _Server, zygote: int, request: tuple[float, float, int, int], descriptors: list[int]) -> None:
+def _child(server: _Server, zygote: int, request: tuple[float, float, int, int, int], descriptors: list[int]) -> None:
     """Lock down, then read the job, run it, answer, end. Never returns."""
-    cpu_s, _, memory_bytes, output_bytes = request
+    cpu_s, _, memory_bytes, output_bytes, prelude = request
     try:
         server.jail.die_with_parent(zygote)
         if not server.confined:
             os.setpgid(0, 0)  # so that what it forks can be found
         os.dup2(descriptors[0], JOB_FD)
         os.dup2(descriptors[1], ANSWER_FD)
-        _close_all_but(server.ruleset, max([*descriptors, server.highest]))
+        os.closerange(ANSWER_FD + 1, max(descriptors) + 1)  # the control socket and the parent lie below what was passed
         server.jail.lock_down(cpu_s, memory_bytes, output_bytes)
     except BaseException:
         os.kill(os.getpid(), LOCKDOWN_FAILED)
     try:
-        answer = server.runner.answer(_read_all(JOB_FD), output_bytes, server.codec)
+        answer = server.runner.answer(_read_all(JOB_FD), output_bytes, server.codec, server.preludes[prelude])
         while answer:
             answer = answer[os.write(ANSWER_FD, answer) :]
     except BaseException:
         os._exit(1)
     os._exit(0)
-
-
-def _close_all_but(kept: int, highest: int) -> None:
-    """Close every descriptor above the answer's, except ``kept`` (-1: none)."""
-    if kept < 0:
-        os.closerange(ANSWER_FD + 1, highest + 1)
-        return
-    os.closerange(ANSWER_FD + 1, kept)
-    os.closerange(kept + 1, highest + 1)
 
 
 def _read_all(descriptor: int) -> bytes:
