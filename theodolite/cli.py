@@ -35,6 +35,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from theodolite.config_check import Checker
 from theodolite.config_layers import ConfigError, closest, config_files, read_layers
+from theodolite.distributed import leave_process_group
 from theodolite.run_logger import RunLogger
 from theodolite.run_recorder import RunRecorder
 
@@ -149,9 +150,10 @@ class TheodoliteCLI(LightningCLI):
         return [RunLogger(self.run_dir), *(logger for logger in others if isinstance(logger, Logger))]
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run it; after Ctrl-C say where things are."""
+        """Run it and leave the process group; after Ctrl-C say where things are."""
         try:
             super()._run_subcommand(subcommand)
+            leave_process_group()
         except SystemExit as error:
             if not isinstance(error.__context__, KeyboardInterrupt):
                 raise

@@ -49,3 +49,14 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         dist.all_reduce(flat, op=dist.ReduceOp.SUM)
         for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(summed.view_as(gradient))
+
+
+def leave_process_group() -> None:
+    """End the default group on all ranks together; nothing without one.
+
+    A rank that ends while another one's background threads still talk to it makes them abort, and the launcher reports a run that
+    finished as failed.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
