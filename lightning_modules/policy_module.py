@@ -25,9 +25,10 @@ from theodolite.distributed import gather_objects
 from theodolite.protocols import Chat, Environment, TokenSequence
 from theodolite.seeds import derive_seed, run_seed
 
+from .decoding import Sampling
 from .evaluation import add_sums, completion_row, outcome_sums, rates, write_completions
 from .policy import add_lora, check_policy_folder, freeze_all_but, load_policy, load_tokenizer
-from .rollouts import HFRollout, RolloutEngine, Sample, Sampling
+from .rollouts import HFRollout, RolloutEngine, Sample
 from .scoring import completion_log_probs, completion_states, pad_sequences, shared_prefix_log_probs, supports_shared_prefix
 from .tokenizer import train_bpe_tokenizer
 

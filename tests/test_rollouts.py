@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tiny_policies import ragged, tiny_model, tokenizer
 
-from theodolite.lightning_modules.rollouts import HFRollout, RolloutEngine, Sample, Sampling, draw, truncate
+from theodolite.lightning_modules.decoding import Sampling, draw, truncate
+from theodolite.lightning_modules.rollouts import HFRollout, RolloutEngine, Sample
 from theodolite.seeds import derive_seed
 
 END = int(tokenizer().eos_token_id)  # pyright: ignore[reportArgumentType]
