@@ -50,7 +50,7 @@ test-gpu: setup ## tests that need a GPU
 
 test-peers: setup venv-peers ## comparisons with peer libraries; those of TRL run in an environment of its own
 	@$(PYTEST) -q -m peers
-	@OMP_NUM_THREADS=1 .venv-peers/bin/python -m pytest -q -m peers tests/test_trainer_callback.py
+	@OMP_NUM_THREADS=1 .venv-peers/bin/python -m pytest -q -m peers tests/test_trainer_callback.py tests/grpo
 
 venv-peers: .venv-peers/.installed ## .venv-peers with TRL beside this package
 
