@@ -4,7 +4,7 @@
 
     python -m theodolite.demo --out runs/demo
 
-On two idle CPU cores it is meant to take less than ten minutes: a warm start (trained once, then cached), seven arms with three seeds, a
+On two idle CPU cores it takes about nine minutes: a warm start (trained once, then cached), seven arms with three seeds, a
 report. Every arm of a seed sees the same prompts in the same order. Interrupted, it continues where it was.
 
 Everything it runs are ordinary configs through the ordinary command line: ``configs/sft/mini*.yaml`` and ``configs/grpo/arms/*.yaml``.
