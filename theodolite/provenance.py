@@ -32,16 +32,21 @@ LIBRARIES = (
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a half.
+    """Write a text file as UTF-8, like :func:`write_bytes_atomic`."""
+    write_bytes_atomic(path, text.encode())
 
-    The text goes to a temporary file in the same folder (made if missing), reaches the disk, and is renamed over ``path``.
+
+def write_bytes_atomic(path: str | Path, content: bytes | memoryview) -> None:
+    """Write a file so that a reader sees the old content or the new, never a half.
+
+    The bytes go to a temporary file in the same folder (made if missing), reach the disk, and are renamed over ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes private files; results are for sharing, so give them what open() would have given
