@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Chat: TypeAlias = list[dict[str, str]]
 """Chat messages, each ``{"role": ..., "content": ...}``."""
@@ -365,4 +365,73 @@ class TalkativeAutoencoder(Verbaliser, Protocol):
     @property
     def reconstructors(self) -> Mapping[str, Reconstructor]:
         """By name. The first one selects among candidates; the others (held out, never seen in training) only score what it selected."""
+        ...
+
+
+class ActivationBatch(TypedDict):
+    """This rank's share of a global batch of paired activations: rows ``r, r + W, ...`` of it on rank r of W.
+
+    Keys:
+        input: (B, d_in) at the source site, in the producer's units and dtype, never normalised.
+        target: (B, d_out) at the target site, likewise; the same tensor as ``input`` for an autoencoder.
+        position: (B,) int64 position of the token in its packed sequence.
+        token: (B,) int64 token id.
+        row: (B,) int64 number of the token in the stream, ``sequence * length + position``: the same whatever the number of ranks.
+    """
+
+    input: Tensor
+    target: Tensor
+    position: Tensor
+    token: Tensor
+    row: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationUnits:
+    """How to bring activations to a common scale: ``(x - mean) * scale``, separately for the two sites.
+
+    Attributes:
+        input_mean: (d_in,) float32.
+        input_scale: Scalar float32.
+        target_mean: (d_out,) float32.
+        target_scale: Scalar float32.
+    """
+
+    input_mean: Tensor
+    input_scale: Tensor
+    target_mean: Tensor
+    target_scale: Tensor
+
+
+@runtime_checkable
+class ActivationSource(Protocol):
+    """A datamodule that yields :class:`ActivationBatch`.
+
+    All of it is known after its ``setup``; sizes and sites already after its constructor.
+    """
+
+    input_site: Any
+    """:class:`theodolite.sites.ActivationSite` of ``input``."""
+    target_site: Any
+    """:class:`theodolite.sites.ActivationSite` of ``target``."""
+    global_batch_size: int
+    """Rows per training batch over all ranks."""
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """``(d_in, d_out)``, from the model's config: no weights are loaded for it."""
+        ...
+
+    @property
+    def units(self) -> ActivationUnits:
+        """Measured on the first rows of the training stream, the same on every rank; means 0 and scales 1 where that is off."""
+        ...
+
+    @property
+    def producer(self) -> nn.Module:
+        """The language model, in evaluation mode and without gradients, for evaluations that splice something into it."""
+        ...
+
+    def held_out_tokens(self, sequences: int) -> Tensor:
+        """(sequences, length) int64 packed token ids of the validation stream, the same on every rank."""
         ...
