@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
-import torch
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig
@@ -27,13 +22,14 @@ from theodolite.seeds import derive_seed, run_seed
 
 from .decoding import Sampling
 from .evaluation import add_sums, completion_row, outcome_sums, rates, write_completions
+from .manual import SCHEDULES, ManualModule
 from .policy import add_lora, check_policy_folder, freeze_all_but, load_policy, load_tokenizer
 from .rollouts import HFRollout, RolloutEngine, Sample
 from .scoring import completion_log_probs, completion_states, pad_sequences, shared_prefix_log_probs, supports_shared_prefix
 from .tokenizer import train_bpe_tokenizer
 
 
-class PolicyModule(L.LightningModule):
+class PolicyModule(ManualModule):
     """A causal language model that can be evaluated as an answerer of problems.
 
     Subclasses add how it is trained, with manual optimisation. The model is built in ``configure_model``, after every config has been
@@ -105,7 +101,7 @@ class PolicyModule(L.LightningModule):
             raise ValueError(
                 "model.policy is a config without weights, so model.tokenizer or model.train_tokenizer must say how text is encoded."
             )
-        if schedule not in ("constant", "linear", "cosine"):
+        if schedule not in SCHEDULES:
             raise ValueError(f"model.schedule is {schedule!r}; choose constant, linear or cosine.")
         if lora is not None and trainable is not None:
             raise ValueError(
@@ -186,9 +182,6 @@ class PolicyModule(L.LightningModule):
         """Id that fills padding (always masked)."""
         return cast(int, self.tokenizer.pad_token_id)
 
-    def _datamodule(self) -> Any:
-        return getattr(self.trainer, "datamodule", None)
-
     @property
     def environment(self) -> Environment:
         """The datamodule's environment. Raises ``TypeError`` where it offers none."""
@@ -208,25 +201,6 @@ class PolicyModule(L.LightningModule):
         optimizer = AdamW(self.trainable_parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
         scheduler = LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _lr_factor(self, step: int) -> float:
-        warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        if self.schedule == "constant":
-            return warmup
-        if self.trainer.max_steps < 1:
-            raise ValueError(f"model.schedule={self.schedule} needs trainer.max_steps; set it, or choose constant.")
-        progress = min(1.0, max(0, step - self.warmup_steps) / max(1, self.trainer.max_steps - self.warmup_steps))
-        decay = 1 - progress if self.schedule == "linear" else (1 + torch.cos(torch.tensor(torch.pi * progress)).item()) / 2
-        return warmup * (self.min_lr_fraction + (1 - self.min_lr_fraction) * decay)
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Runs after every callback's hook of this name: clip the gradient that they leave."""
-        if self.max_grad_norm > 0:
-            self.clip_gradients(optimizer, gradient_clip_val=self.max_grad_norm, gradient_clip_algorithm="norm")
-
-    def _without_gradient_sync(self) -> AbstractContextManager[Any]:
-        strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
     # ------------------------------------------------------------------ text and tokens (SequenceScorer)
 
@@ -268,10 +242,6 @@ class PolicyModule(L.LightningModule):
         return completion_states(self.causal_lm, batch, layer), batch.mask
 
     # ------------------------------------------------------------------ sampling and evaluation
-
-    def slot(self, index: int) -> int:
-        """Position in the global batch of this rank's ``index``-th row."""
-        return self.global_rank + index * self.trainer.world_size
 
     def sample(
         self, rows: Sequence[Any], n: int, sampling: Sampling, *purpose: int | str
@@ -360,16 +330,7 @@ class PolicyModule(L.LightningModule):
                 path = Path(self.trainer.default_root_dir) / "rollouts" / f"step_{self.trainer.global_step:06d}_{stage}_{name}.parquet"
                 write_completions(rows, path)
 
-    # ------------------------------------------------------------------ time and export
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the wall time of a phase to ``self.seconds``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+    # ------------------------------------------------------------------ export
 
     def on_train_end(self) -> None:
         """Export the policy."""
