@@ -1,0 +1,1 @@
+"""Models that are decomposed: toys trained on the spot, and language models."""
