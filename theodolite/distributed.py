@@ -43,6 +43,13 @@ def concatenate_over_ranks(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of every rank's tensor, the same on all; changes ``tensor`` itself. All ranks must call it, with one shape and dtype."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its sum over ranks, in one flat all-reduce per dtype.
 
