@@ -4,8 +4,8 @@ Configurations are dictionaries with ``mode`` (``layerwise`` or ``global``) and 
 
 * ``layerwise``: ``mlp`` (one scalar network per component, on its activation), ``vector_mlp`` (one network per component, on the module's
   whole input), ``shared_mlp`` (one network per module); key ``hidden_dims``.
-* ``global``: ``global_shared_mlp`` (``hidden_dims``), ``global_reverse_residual`` (``d_resid_ci_fn``, ``reader_hidden_dims``, ``block_groups``,
-  ``transition_hidden_dim``, ``transition_attn_config``), ``global_shared_transformer`` (``simple_transformer_ci_cfg``).
+* ``global``: ``global_shared_mlp`` (``hidden_dims``), ``global_reverse_residual`` (``d_resid_ci_fn``, ``reader_hidden_dims``,
+  ``block_groups``, ``transition_hidden_dim``, ``transition_attn_config``), ``global_shared_transformer`` (``simple_transformer_ci_cfg``).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -64,7 +65,7 @@ class ParallelAffine(nn.Module):
 def mlp_layers(widths: Sequence[int], count: int | None = None) -> list[nn.Module]:
     """Affine layers of the given widths with exact GELUs between them; ``count`` of them side by side if given."""
     layers: list[nn.Module] = []
-    for index, (d_in, d_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for index, (d_in, d_out) in enumerate(itertools.pairwise(widths)):
         hidden = index < len(widths) - 2
         layers.append(Affine(d_in, d_out, hidden) if count is None else ParallelAffine(count, d_in, d_out, hidden))
         if hidden:

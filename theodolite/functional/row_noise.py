@@ -1,8 +1,8 @@
 """Random numbers that belong to rows of the global batch, whatever rank or microbatch a row falls in.
 
-Rows are numbered by their slot in the global batch. Slots are grouped into blocks, each with a generator of its own; a rank draws the blocks
-in which it has rows and keeps those rows. Blocks are single rows where a row is large (sequences), and a few thousand where it is small
-(toy features), so that neither the number of generators nor the numbers drawn in vain matter.
+Rows are numbered by their slot in the global batch. Slots are grouped into blocks, each with a generator of its own; a rank draws the
+blocks in which it has rows and keeps those rows. Blocks are single rows where a row is large (sequences), and a few thousand where it is
+small (toy features), so that neither the number of generators nor the numbers drawn in vain matter.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def uniform_rows(
             end += 1
         generator = torch.Generator(device).manual_seed(derive_seed(*seed, block))
         wanted = [slot - block * block_rows for slot in slots[position:end]]
-        # the numbers of a block's first rows do not depend on how many are drawn, but vectorised generators only promise it per full draw
+        # always the whole block: what a generator gives first may depend on how much is asked for
         drawn = torch.rand((block_rows, *row_shape), generator=generator, device=device)
         if wanted == list(range(wanted[0], wanted[-1] + 1)):
             parts.append(drawn[wanted[0] : wanted[-1] + 1])

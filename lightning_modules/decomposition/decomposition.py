@@ -1,0 +1,165 @@
+"""A component model with its causal importances: what losses, metrics and adversaries ask of a decomposition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from theodolite.functional.causal_importance import jittered_logits, sigmoid_pair
+from theodolite.functional.component_masks import ComponentMask, mask_from_source
+from theodolite.functional.decomposition_losses import ReconKind, recon_count, recon_sum
+
+from .ci_functions import ImportanceFunction
+from .component_model import ComponentModel
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What every loss on one batch shares.
+
+    Attributes:
+        batch: The target's input, rows first.
+        target: Its output.
+        lower: Lower causal importances by module, (..., C): the masks' lower ends.
+        upper: Upper ones, which are penalised.
+        logits: What both are functions of.
+        outputs: Outputs of the decomposed modules in the clean forward pass.
+        inputs: Their inputs.
+    """
+
+    batch: Tensor
+    target: Tensor
+    lower: dict[str, Tensor]
+    upper: dict[str, Tensor]
+    logits: dict[str, Tensor]
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """Shape of the batch without channels: (rows,) or (rows, positions)."""
+        return tuple(next(iter(self.lower.values())).shape[:-1])
+
+    @property
+    def positions(self) -> int:
+        """Number of positions in the batch."""
+        return next(iter(self.lower.values()))[..., 0].numel()
+
+    def detached(self) -> Prepared:
+        """The same without graph."""
+        lower, upper, logits = ({n: t.detach() for n, t in part.items()} for part in (self.lower, self.upper, self.logits))
+        return Prepared(self.batch, self.target, lower, upper, logits, self.outputs, self.inputs)
+
+
+class Decomposition(nn.Module):
+    """Components and causal-importance functions of a target model. Offers ``MaskedReconstruction``.
+
+    Args:
+        model: Target and components.
+        ci_fn: Configuration of the causal-importance function; see :mod:`~theodolite.lightning_modules.decomposition.ci_functions`.
+        sigmoid: From logits to importances; see :data:`~theodolite.functional.causal_importance.SigmoidName`.
+        sampling: ``continuous``, or ``binomial``: masks are 0 or 1, and the lower importances' logits are jittered in training.
+        use_delta: What the components leave of the weights is one more component, with a mask of its own.
+        output_loss: ``mse`` or ``kl``.
+    """
+
+    def __init__(
+        self,
+        model: ComponentModel,
+        ci_fn: Mapping[str, Any],
+        sigmoid: str = "leaky_hard",
+        sampling: str = "continuous",
+        use_delta: bool = True,
+        output_loss: ReconKind = "mse",
+    ) -> None:
+        super().__init__()
+        if sampling not in ("continuous", "binomial"):
+            raise ValueError(f"There is no sampling {sampling!r}; choose continuous or binomial.")
+        if output_loss not in ("mse", "kl"):
+            raise ValueError(f"There is no output_loss {output_loss!r}; choose mse or kl.")
+        self.model = model
+        self.ci_fn = ImportanceFunction(model, ci_fn)
+        self.lower_of, self.upper_of = sigmoid_pair(sigmoid)
+        self.binomial, self.use_delta, self.output_loss = sampling == "binomial", use_delta, output_loss
+
+    def initialise(self, seed: int) -> None:
+        """Draw components and causal-importance functions."""
+        self.model.initialise(seed)
+        self.ci_fn.initialise(seed)
+
+    @property
+    def names(self) -> list[str]:
+        """Decomposed modules in order."""
+        return self.model.names
+
+    @property
+    def noise_channels(self) -> int:
+        """Uniform numbers that one position's stochastic masks need: one per component, and one delta per module."""
+        return sum(self.model.counts.values()) + len(self.names)
+
+    # ------------------------------------------------------------------ one batch
+
+    def look(self, batch: Tensor, jitter: Tensor | None = None) -> Prepared:
+        """Clean forward pass (without graph) and causal importances (with graph where gradients are on).
+
+        Args:
+            batch: The target's input.
+            jitter: (..., sum of C) uniform numbers for binomial sampling in training; None = no jitter.
+        """
+        with torch.no_grad():
+            clean = self.model(batch, keep=("inputs", "outputs"))
+        logits = self.ci_fn(clean.inputs)
+        lower_logits = logits if jitter is None else _jittered(logits, jitter)
+        lower = {name: self.lower_of(z) for name, z in lower_logits.items()}
+        upper = {name: self.upper_of(z) for name, z in logits.items()}
+        return Prepared(batch, clean.output, lower, upper, logits, clean.outputs, clean.inputs)
+
+    def recon_sum(self, prepared: Prepared, masks: Mapping[str, ComponentMask], frozen: bool = False) -> Tensor:
+        """Summed reconstruction loss of the output under ``masks``; ``frozen`` leaves the components out of the graph."""
+        return recon_sum(self.model(prepared.batch, masks, frozen=frozen).output, prepared.target, self.output_loss)
+
+    def recon_count(self, prepared: Prepared) -> int:
+        """What :meth:`recon_sum` is divided by."""
+        return recon_count(prepared.target, self.output_loss)
+
+    # ------------------------------------------------------------------ MaskedReconstruction
+
+    def leading_shape(self, batch: Any) -> tuple[int, ...]:
+        """(rows,) for features (rows, width), (rows, positions) for tokens or sequences of features."""
+        tensor = input_tensor(batch)
+        return tuple(tensor.shape) if not tensor.is_floating_point() else tuple(tensor.shape[:-1])
+
+    def source_channels(self) -> dict[str, int]:
+        """Components of each module, and one for its delta where that is used."""
+        return {name: count + int(self.use_delta) for name, count in self.model.counts.items()}
+
+    def prepare(self, batch: Any) -> Prepared:
+        """Target output and causal importances, without graph and without jitter."""
+        with torch.no_grad():
+            return self.look(input_tensor(batch))
+
+    def loss_sum(self, prepared: Prepared, sources: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        """Summed loss under the masks that ``sources`` stand for, differentiable in the sources alone."""
+        masks = {name: mask_from_source(prepared.lower[name], source) for name, source in sources.items()}
+        return self.recon_sum(prepared, masks, frozen=True), self.recon_count(prepared)
+
+
+def input_tensor(batch: Any) -> Tensor:
+    """The target's input in a batch: a tensor, or ``input_ids`` of a mapping.
+
+    Raises:
+        TypeError: If there is neither.
+    """
+    found = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    if not isinstance(found, Tensor):
+        raise TypeError(f"A batch is a {type(batch).__name__}; a decomposition needs a tensor, or a mapping with input_ids.")
+    return found
+
+
+def _jittered(logits: Mapping[str, Tensor], jitter: Tensor) -> dict[str, Tensor]:
+    columns = jitter.split([z.shape[-1] for z in logits.values()], dim=-1)
+    return {name: jittered_logits(z, column) for (name, z), column in zip(logits.items(), columns, strict=True)}
