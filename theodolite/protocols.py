@@ -63,11 +63,13 @@ class Reward:
         value: The scalar reward, or NaN when the infrastructure failed (such a sample gets no advantage).
         passed: The check that training relies on was satisfied, honestly or not.
         compiles: The program compiles.
+        parts: Named components, where a reward has several; NaN = this one could not be scored.
     """
 
     value: float
     passed: bool
     compiles: bool
+    parts: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,9 +220,11 @@ class Window:
         rewards: One per rollout.
         group_size: Completions per prompt.
         values: (n,) float64 reward values; callbacks may change them in ``on_rollouts``. NaN = not scorable.
-        advantages: (n,) advantages; callbacks may change them in ``on_advantages``.
+        advantages: (n,) advantages, or (n, T) with column t for completion token t; callbacks may change them in ``on_advantages``.
         metrics: (sum, count) pairs that callbacks add; the module sums both over ranks and logs the ratio.
         features: (n,) numbers per rollout that callbacks measure, for the gates and reports of later callbacks.
+        weights: (n,) or (n, T) factors on the loss, set by callbacks; empty = 1 everywhere. Denominators stay as they are.
+        parts: Name of the gradient part that each rollout belongs to, set by callbacks; empty = its source.
     """
 
     step: int
@@ -232,6 +236,8 @@ class Window:
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
     features: dict[str, Tensor] = field(default_factory=dict)
+    weights: Tensor = field(default_factory=lambda: torch.empty(0))
+    parts: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -256,6 +262,12 @@ class WindowHooks(Protocol):
 
     def on_microbatch_gradients(self, trainer: Any, pl_module: Any, window: Window, part: str) -> None:
         """One microbatch of gradient part ``part`` has been added to ``p.grad`` (local to this rank)."""
+
+    def on_part_gradients(self, trainer: Any, pl_module: Any, window: Window, part: str) -> None:
+        """``p.grad`` holds part ``part`` alone, summed over ranks, and may be changed; the parts are added afterwards.
+
+        Called for every part of the window, in the order of their names, on every rank.
+        """
 
     def on_after_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """The optimizer has stepped; the applied update is known."""
@@ -434,4 +446,31 @@ class ActivationSource(Protocol):
 
     def held_out_tokens(self, sequences: int) -> Tensor:
         """(sequences, length) int64 packed token ids of the validation stream, the same on every rank."""
+        ...
+
+
+@runtime_checkable
+class ActivationTable(Protocol):
+    """Rows of activations in a fixed order: a longer table of the same key begins with the rows of a shorter one."""
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """Plain data that decides every row (model, site, corpus, positions), and not how many there are."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        ...
+
+    def rows(self, indices: Sequence[int]) -> ActivationRows:
+        """Rows by number, in the order asked for."""
+        ...
+
+
+@runtime_checkable
+class ActivationTables(Protocol):
+    """A datamodule with activations of ``train``, ``validation`` and ``test`` documents, no document in two of them."""
+
+    def table(self, split: str) -> ActivationTable:
+        """The rows of a split; made first, by all ranks together, where they are not on disk yet. All ranks must call it."""
         ...
