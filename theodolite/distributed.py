@@ -26,14 +26,6 @@ def gather_objects(value: T) -> list[T]:
     return gathered
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of every rank's tensor of the same shape, on every rank; the argument keeps its values. All ranks must call it."""
-    total = tensor.clone()
-    if world_size() > 1:
-        dist.all_reduce(total, op=dist.ReduceOp.SUM)
-    return total
-
-
 def concatenate_over_ranks(tensor: Tensor) -> Tensor:
     """Every rank's tensor of the same shape, one after the other in rank order. All ranks must call it."""
     if world_size() == 1:
