@@ -17,11 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
+from theodolite.functional.statistics import resolvable_difference, t_interval
 from theodolite.reports import build_report
 from theodolite.reports.__main__ import main
 from theodolite.reports.records import read_study
 from theodolite.reports.samples import binding_lines, evaluator_name
-from theodolite.reports.statistics_table import compare, resolvable_difference, t_interval
+from theodolite.reports.statistics_table import compare
 from theodolite.reports.verdict import findings
 
 # arm -> (hack, override, pass) at the end

@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
+from theodolite.functional.statistics import spread
 from theodolite.reports.arms import ArmStyle, arm_styles
 from theodolite.reports.records import Study
-from theodolite.reports.statistics_table import arm_spread, base_by_seed, measure, spread
+from theodolite.reports.statistics_table import arm_spread, base_by_seed, measure
 
 Theme = Literal["light", "dark"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from theodolite.reports.statistics_table import Comparison, Spread
+from theodolite.functional.statistics import Spread
+from theodolite.reports.statistics_table import Comparison
 
 NOT_MEASURED = "not measured"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from theodolite.functional.statistics import resolvable_difference
 from theodolite.reports.formatting import NOT_MEASURED, count, listing, percent
 from theodolite.reports.records import Study
 from theodolite.reports.statistics_table import (
@@ -11,7 +12,6 @@ from theodolite.reports.statistics_table import (
     compare,
     n_rollouts,
     pooled_difference_sd,
-    resolvable_difference,
     spread,
 )
 

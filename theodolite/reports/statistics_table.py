@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from scipy import optimize, stats
-
+from theodolite.functional.statistics import Spread, spread, t_interval
 from theodolite.reports.records import RATES, Run, Study
 
 Direction = Literal["lower", "higher", "unresolved", "single", "none"]
@@ -16,15 +15,6 @@ Direction = Literal["lower", "higher", "unresolved", "single", "none"]
 
 MEASURES = {rate: f"test/hinted/{rate}" for rate in RATES} | {"unseen_pass_rate": "test/unseen/pass_rate"}
 """Final measures of a run and the keys that they are logged under."""
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Mean over seeds and its sample standard deviation (n - 1 in the denominator; ``None`` below two seeds)."""
-
-    n: int
-    mean: float | None
-    sd: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,26 +66,6 @@ class Comparison:
         if self.high < 0:
             return "lower"
         return "higher" if self.low > 0 else "unresolved"
-
-
-def spread(values: Sequence[float | None]) -> Spread:
-    r"""Mean :math:`\bar x` and :math:`s = \sqrt{\sum_i (x_i - \bar x)^2 / (n - 1)}` of the values that were measured."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return Spread(0, None, None)
-    mean = math.fsum(known) / len(known)
-    if len(known) == 1:
-        return Spread(1, mean, None)
-    return Spread(len(known), mean, math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (len(known) - 1)))
-
-
-def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float | None, float | None]:
-    r"""Two-sided Student interval :math:`\bar x \pm t_{n-1}\, s / \sqrt n`; ``(None, None)`` below two values."""
-    summary = spread(values)
-    if summary.mean is None or summary.sd is None:
-        return None, None
-    half = float(stats.t.ppf(0.5 + confidence / 2, summary.n - 1)) * summary.sd / math.sqrt(summary.n)
-    return summary.mean - half, summary.mean + half
 
 
 def measure(run: Run, name: str) -> float | None:
@@ -152,29 +122,6 @@ def base_rollouts(study: Study) -> int | None:
     """Rollouts behind the base rates, counted once per seed; ``None`` when no run says."""
     per_seed = {run.seed: int(value) for run in reversed(study.runs) if (value := run.base("n")) is not None}
     return sum(per_seed.values()) if per_seed else None
-
-
-def resolvable_difference(sd: float, n: int, power: float = 0.8) -> tuple[float, float] | None:
-    r"""How small a paired difference ``n`` seeds can resolve when differences have standard deviation ``sd``.
-
-    Returns:
-        The half-width :math:`t_{.975, n-1}\, s / \sqrt n` of the 95 % interval, and the true difference :math:`\delta` that a two-sided
-        5 % t test detects with probability ``power`` (noncentral t with :math:`\delta \sqrt n / s`); ``None`` below two seeds or
-        without spread.
-    """
-    if n < 2 or sd <= 0:
-        return None
-    critical = float(stats.t.ppf(0.975, n - 1))
-
-    def shortfall(noncentrality: float) -> float:
-        return float(stats.nct.sf(critical, n - 1, noncentrality)) - power
-
-    upper = 2.0
-    while shortfall(upper) < 0:
-        upper *= 2
-    noncentrality = float(optimize.brentq(shortfall, 0.0, upper, xtol=1e-9))  # pyright: ignore[reportArgumentType]
-    scale = sd / math.sqrt(n)
-    return critical * scale, noncentrality * scale
 
 
 def pooled_difference_sd(comparisons: Sequence[Comparison]) -> float | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from html import escape
 
+from theodolite.functional.statistics import Spread
 from theodolite.reports.arms import ArmStyle
 from theodolite.reports.formatting import NOT_MEASURED, count, interval, mean_and_sd, points, sign_count, spread_remark
 from theodolite.reports.html_parts import arm_name, cell, inline, table
 from theodolite.reports.records import Study
 from theodolite.reports.statistics_table import (
     Comparison,
-    Spread,
     arm_spread,
     base_by_seed,
     base_rollouts,

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from theodolite.functional.statistics import spread, t_interval
 from theodolite.reports.arms import arm_styles
 from theodolite.reports.formatting import NOT_MEASURED, interval, listing, percent, points, sign_count
 from theodolite.reports.records import Study
-from theodolite.reports.statistics_table import Comparison, arm_spread, base_by_seed, compare, spread, t_interval
+from theodolite.reports.statistics_table import Comparison, arm_spread, base_by_seed, compare
 
 Status = Literal["better", "worse", "unresolved", "as expected", "unexpected", "not measured"]
 
