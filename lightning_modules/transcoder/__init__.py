@@ -1,1 +1,6 @@
-"""Transcoders and sparse autoencoders: their module, export and evaluation."""
+"""Transcoders and sparse autoencoders, nested prefixes included."""
+
+from .module import TranscoderModule
+from .transcoder import Transcoder
+
+__all__ = ["Transcoder", "TranscoderModule"]

@@ -17,9 +17,12 @@ from theodolite.functional.sparse_products import decode_blocks
 from theodolite.functional.transcoder_losses import nested_reconstructions
 from theodolite.seeds import derive_seed
 
+from .selection import Moments
+
 Activation: TypeAlias = Literal["topk", "batchtopk", "jumprelu"]
 DecoderNorm: TypeAlias = Literal["unit", "free", "rescaled"]
 Init: TypeAlias = Literal["tied", "random", "zeros"]
+Normalise: TypeAlias = Literal["none", "scale", "standardise"]
 
 
 class Transcoder(nn.Module):
@@ -51,6 +54,7 @@ class Transcoder(nn.Module):
         threshold_state: (2,) float64 state of the running threshold of ``batchtopk``.
         calibrated_threshold: Scalar float64, NaN until :meth:`calibrate`.
         tokens_since_active: (M,) int64 tokens seen since each latent was last active.
+        initialised: Scalar boolean: units and biases have been set from data.
     """
 
     def __init__(
@@ -78,6 +82,8 @@ class Transcoder(nn.Module):
         self.register_buffer("calibrated_threshold", torch.tensor(math.nan, dtype=torch.float64))
         self.tokens_since_active: Tensor
         self.register_buffer("tokens_since_active", torch.zeros(latents, dtype=torch.int64))
+        self.initialised: Tensor
+        self.register_buffer("initialised", torch.tensor(False))
         for name, value in (("input_mean", torch.zeros(d_in)), ("target_mean", torch.zeros(d_out))):
             self.register_buffer(name, value)
         for name in ("input_scale", "target_scale"):
@@ -153,6 +159,25 @@ class Transcoder(nn.Module):
         return chosen.to(inputs.dtype).view(*inputs.shape[:-1], self.d_out)
 
     # ------------------------------------------------------------------ training's own steps
+
+    @torch.no_grad()
+    def initialise(self, inputs: Moments, target: Moments, normalise: Normalise, centre_bias: bool) -> None:
+        """Set units from the data's moments, and the decoder's bias to the mean target where ``centre_bias`` says so."""
+        for name, moments in (("input", inputs), ("target", target)):
+            power = moments.variance if normalise == "standardise" else moments.power
+            if normalise != "none":
+                width = len(moments.mean)
+                getattr(self, f"{name}_scale").copy_((moments.count * width / power).sqrt())
+            if normalise == "standardise":
+                getattr(self, f"{name}_mean").copy_(moments.mean)
+        if centre_bias:
+            self.b_dec.copy_(self.normalise_target(target.mean))
+        self.initialised.fill_(True)
+
+    @torch.no_grad()
+    def count_tokens(self, tokens: int, active: Tensor) -> None:
+        """Note that ``tokens`` have passed, and which (M,) latents were active on any of them."""
+        self.tokens_since_active.add_(tokens).masked_fill_(active, 0)
 
     @torch.no_grad()
     def project_decoder_gradient(self) -> None:

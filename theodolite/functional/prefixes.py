@@ -1,4 +1,4 @@
-"""Nested prefixes of a dictionary, from whichever of three forms a config gives."""
+"""Nested prefixes of a dictionary, from whichever form a config gives."""
 
 from __future__ import annotations
 
@@ -6,32 +6,28 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 
-def resolve_prefixes(
-    latents: int, prefixes: Sequence[int] | None = None, fractions: Sequence[float] | None = None, blocks: Sequence[int] | None = None
-) -> tuple[int, ...]:
+def resolve_prefixes(latents: int, prefixes: Sequence[float] | None = None, blocks: Sequence[int] | None = None) -> tuple[int, ...]:
     """Ends of the nested prefixes.
 
     Args:
         latents: M.
-        prefixes: Cumulative sizes, ``[256, 1024, 4096]``.
-        fractions: Cumulative sizes as fractions of M, ``[0.0625, 0.25, 1]``.
+        prefixes: Cumulative sizes, ``[256, 1024, 4096]``, or fractions of M that end in 1, ``[0.0625, 0.25, 1]``.
         blocks: Sizes of the blocks between prefixes, ``[256, 768, 3072]``.
 
     Returns:
         Increasing sizes, the last one M; ``(M,)`` where nothing is given.
 
     Raises:
-        ValueError: If several forms are given, or they do not increase to M.
+        ValueError: If both forms are given, or they do not increase to M.
     """
-    given = [name for name, value in (("prefixes", prefixes), ("prefix_fractions", fractions), ("prefix_blocks", blocks)) if value]
-    if len(given) > 1:
-        raise ValueError(f"{given[0]} and {given[1]} both say how latents nest; give one of them.")
-    if fractions:
-        ends = tuple(round(fraction * latents) for fraction in fractions)
-    elif blocks:
+    if prefixes and blocks:
+        raise ValueError("prefixes and prefix_blocks both say how latents nest; give one of them.")
+    if blocks:
         ends = tuple(accumulate(blocks))
+    elif prefixes and prefixes[-1] == 1:
+        ends = tuple(round(fraction * latents) for fraction in prefixes)
     else:
-        ends = tuple(prefixes or (latents,))
+        ends = tuple(int(end) for end in prefixes or (latents,))
     if ends[-1] != latents or ends[0] < 1 or any(a >= b for a, b in pairwise(ends)):
-        raise ValueError(f"{given[0] if given else 'prefixes'} gives the prefixes {list(ends)}; they must increase to {latents} latents.")
+        raise ValueError(f"The prefixes come to {list(ends)}; they must increase to the {latents} latents.")
     return ends

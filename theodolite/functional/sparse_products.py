@@ -76,7 +76,7 @@ class _SparseEncoder(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         codes: SparseCodes = ctx.codes
         inputs, weight = ctx.saved_tensors
         gradient = torch.where(codes.values != 0, gradients[0], 0).to(weight.dtype)
@@ -98,7 +98,7 @@ class _DecoderWeightGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, bags = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         return gradient, _sum_by_latent(gradient, bags, values, ctx.codes), None, None, None

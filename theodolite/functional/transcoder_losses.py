@@ -7,6 +7,8 @@ the sum over ranks of losses (and of gradients) is that of one process.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,12 @@ def nested_reconstructions(blocks: Tensor, base: Tensor) -> Tensor:
     """
     base = base if base.ndim == 1 else base[:, None]
     return (blocks if blocks.shape[1] == 1 else blocks.cumsum(dim=1)) + base
+
+
+def dense_blocks(activations: Tensor, decoder: Tensor, prefixes: Tensor) -> Tensor:
+    """As :func:`theodolite.functional.sparse_products.decode_blocks`, from (N, M) activations that may all be active."""
+    ends = [0, *prefixes.tolist()]
+    return torch.stack([activations[:, a:b] @ decoder[a:b] for a, b in pairwise(ends)], dim=1)
 
 
 def nested_loss(reconstructions: Tensor, target: Tensor, weights: Tensor, total_variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,32 +108,32 @@ class _JumpReLU(torch.autograd.Function):
     """z where z > threshold, else 0; the threshold's gradient by a rectangular kernel of a given width."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, threshold: Tensor, width: float) -> Tensor:
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, width: float) -> Tensor:
         ctx.save_for_backward(z, threshold)
         ctx.width = width
         return torch.where(z > threshold, z, 0)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         z, threshold = ctx.saved_tensors
         window = (z - threshold).abs() < ctx.width / 2
-        return gradient * (z > threshold), -(window * gradient).sum(dim=0) * threshold / ctx.width, None
+        return gradients[0] * (z > threshold), -(window * gradients[0]).sum(dim=0) * threshold / ctx.width, None
 
 
 class _Step(torch.autograd.Function):
     """1 where z > threshold, else 0, with the same kernel."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, threshold: Tensor, width: float) -> Tensor:
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, width: float) -> Tensor:
         ctx.save_for_backward(z, threshold)
         ctx.width = width
         return (z > threshold).to(z.dtype)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         z, threshold = ctx.saved_tensors
         window = (z - threshold).abs() < ctx.width / 2
-        return None, -(window * gradient).sum(dim=0) / ctx.width, None
+        return None, -(window * gradients[0]).sum(dim=0) / ctx.width, None
 
 
 def jumprelu(z: Tensor, threshold: Tensor, width: float) -> Tensor:
