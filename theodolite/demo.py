@@ -42,11 +42,11 @@ class Arm:
 ARMS = (
     Arm("vanilla", "no intervention"),
     Arm("random", "Haar-random directions, control"),
-    Arm("projected_static", "seed formula: static direction, one-sided"),
+    Arm("projected_static", "static direction, one-sided removal, norm restored"),
     Arm("projected_live", "live direction, one-sided, overshoot 2", "variant: overshoot 2, not pure removal"),
     Arm("shuffled", "projected_live with shuffled pair labels, control"),
     Arm("push", "constant ungated push along the live direction, control"),
-    Arm("rebound", "concept-score penalty on rewards, baseline"),
+    Arm("rebound", "activation-score penalty on advantages, baseline"),
 )
 STEPS = 36
 WARM_START = (("warm_start", ("sft/mini.yaml",), 240), ("topup", ("sft/mini.yaml", "sft/mini_topup.yaml"), 60))

@@ -30,11 +30,11 @@ class ArmStyle:
 _KNOWN: dict[str, tuple[str, ArmStyle]] = {
     "vanilla": ("no intervention", ArmStyle("#1a1a1a", "#f0f0f0", "o", False)),
     "random": ("Haar-random direction, control", ArmStyle("#8a8a8a", "#9a9a9a", "X", True)),
-    "projected_static": ("seed formula: static direction, one-sided", ArmStyle("#e69f00", "#e69f00", "s", False)),
+    "projected_static": ("static direction, one-sided removal, norm restored", ArmStyle("#e69f00", "#e69f00", "s", False)),
     "projected_live": ("live direction, one-sided, overshoot 2", ArmStyle("#d55e00", "#f0742a", "D", False)),
     "shuffled": ("projected_live with shuffled pair labels, control", ArmStyle("#cc79a7", "#dc8fb9", "v", True)),
     "push": ("constant ungated push along the live direction", ArmStyle("#0072b2", "#4ba3dc", "^", True)),
-    "rebound": ("concept-score penalty on rewards, baseline", ArmStyle("#009e73", "#1fbf92", "p", False)),
+    "rebound": ("activation-score penalty on advantages, baseline", ArmStyle("#009e73", "#1fbf92", "p", False)),
 }
 
 _SPARE = (("#7b5cc4", "#a68bea"), ("#56b4e9", "#8fd0f5"), ("#8c6d1f", "#cbb04a"), ("#882255", "#c9689a"), ("#44aa99", "#74cfc1"))
