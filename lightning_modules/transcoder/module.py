@@ -122,10 +122,13 @@ class TranscoderModule(ManualModule):
         ):
             if value not in allowed:
                 raise ValueError(f"model.{name} is {value!r}; choose one of {', '.join(allowed)}.")
-        self.latents, self.expansion, self.k, self.activation, self.skip = latents, expansion, k, activation, skip
+        self.latents, self.expansion, self.k, self.skip = latents, expansion, k, skip
+        self.activation: Activation = activation
+        self.decoder_norm: DecoderNorm = decoder_norm
+        self.init: Init = init
+        self.normalise: Normalise = normalise
         self.nesting = {"prefixes": prefixes, "blocks": prefix_blocks}
-        self.prefix_weights, self.decoder_norm, self.init = prefix_weights, decoder_norm, init
-        self.bias_init, self.normalise = bias_init, normalise
+        self.prefix_weights, self.bias_init = prefix_weights, bias_init
         self.auxiliary, self.auxiliary_k, self.auxiliary_levels = auxiliary, auxiliary_k, auxiliary_levels
         self.dead_after_tokens, self.threshold_decay = dead_after_tokens, threshold_decay
         self.jumprelu_threshold, self.jumprelu_width = jumprelu_threshold, jumprelu_width
