@@ -309,7 +309,7 @@ class MaskedReconstruction(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ActivationRows:
     """Rows of an activation bank: what a talkative autoencoder is trained on and measured with.
 
