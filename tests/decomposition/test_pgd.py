@@ -13,7 +13,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from tiny_reconstruction import TinyReconstruction
+from tiny_reconstruction import TinyNet
 
 from theodolite.functional.pgd import (
     MASK_SCOPES,
@@ -29,8 +29,8 @@ from theodolite.functional.pgd import (
 ROWS, POSITIONS, STEPS = 12, 3, (0, 1, 5, 20)
 
 
-def module(dtype: str = "float64", **settings: Any) -> TinyReconstruction:
-    return TinyReconstruction(dtype=dtype, **settings).requires_grad_(False)  # pyright: ignore[reportArgumentType]
+def module(dtype: str = "float64", **settings: Any) -> TinyNet:
+    return TinyNet(dtype=dtype, **settings).requires_grad_(False)  # pyright: ignore[reportArgumentType]
 
 
 def rows(dtype: str = "float64", count: int = ROWS) -> Tensor:
@@ -38,11 +38,11 @@ def rows(dtype: str = "float64", count: int = ROWS) -> Tensor:
     return drawn.to(torch.float64 if dtype == "float64" else torch.float32)
 
 
-def start(net: TinyReconstruction, shape: tuple[int, ...], init: Any = "zeroes") -> dict[str, Tensor]:
+def start(net: TinyNet, shape: tuple[int, ...], init: Any = "zeroes") -> dict[str, Tensor]:
     return initial_sources(net.source_channels(), shape, init, ("test", 1), dtype=net.matrices["first"].dtype)
 
 
-def curve(net: TinyReconstruction, data: Tensor, micro: int, groups: list[int], init: Any = "zeroes", **settings: Any) -> AttackCurve:
+def curve(net: TinyNet, data: Tensor, micro: int, groups: list[int], init: Any = "zeroes", **settings: Any) -> AttackCurve:
     sources = start(net, (max(groups) + 1, 1), init)
     parts = []
     for begin in range(0, len(data), micro):
@@ -55,7 +55,7 @@ def curve(net: TinyReconstruction, data: Tensor, micro: int, groups: list[int], 
     return attack_groups(parts, sources, STEPS, 0.1, **settings)
 
 
-def by_hand(net: TinyReconstruction, data: Tensor, shards: int, n_steps: int) -> float:
+def by_hand(net: TinyNet, data: Tensor, shards: int, n_steps: int) -> float:
     """Ranks that average the gradients of their mean losses, written out."""
     sources = start(net, (1, 1))
     prepared = [net.prepare(shard) for shard in data.chunk(shards)]
