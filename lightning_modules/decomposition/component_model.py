@@ -115,6 +115,12 @@ class ComponentModel(nn.Module):
         products = {name: site.components.product() for name, site in self.sites.items()}
         return {name: target_weight(self.sites[name].module).to(product) - product for name, product in products.items()}
 
+    def train(self, mode: bool = True) -> ComponentModel:
+        """As of any module, but the target never leaves evaluation mode: its dropout is no part of what is explained."""
+        super().train(mode)
+        self.target.eval()
+        return self
+
     def forward(
         self,
         batch: Any,

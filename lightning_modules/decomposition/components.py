@@ -188,9 +188,7 @@ def module_shape(name: str, module: nn.Module) -> tuple[int, int, bool]:
         return module.weight.shape[0], module.weight.shape[1], False
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
-            raise ValueError(
-                f"The embedding {name} renormalises its rows, so its weight is not what it computes; unset max_norm."
-            )
+            raise ValueError(f"The embedding {name} renormalises its rows, so its weight is not what it computes; unset max_norm.")
         return module.num_embeddings, module.embedding_dim, True
     if isinstance(module, IdentitySite):
         return module.width, module.width, False

@@ -29,6 +29,7 @@ class Prepared:
         logits: What both are functions of.
         outputs: Outputs of the decomposed modules in the clean forward pass.
         inputs: Their inputs.
+        index: Which microbatch of its step or evaluation batch it is.
     """
 
     batch: Tensor
@@ -38,6 +39,7 @@ class Prepared:
     logits: dict[str, Tensor]
     outputs: dict[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    index: int = 0
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -52,7 +54,7 @@ class Prepared:
     def detached(self) -> Prepared:
         """The same without graph."""
         lower, upper, logits = ({n: t.detach() for n, t in part.items()} for part in (self.lower, self.upper, self.logits))
-        return Prepared(self.batch, self.target, lower, upper, logits, self.outputs, self.inputs)
+        return Prepared(self.batch, self.target, lower, upper, logits, self.outputs, self.inputs, self.index)
 
 
 class Decomposition(nn.Module):
@@ -97,6 +99,11 @@ class Decomposition(nn.Module):
         return self.model.names
 
     @property
+    def device(self) -> torch.device:
+        """Where the components are."""
+        return self.model.component_parameters()[0].device
+
+    @property
     def noise_channels(self) -> int:
         """Uniform numbers that one position's stochastic masks need: one per component, and one delta per module."""
         return sum(self.model.counts.values()) + len(self.names)
@@ -112,7 +119,7 @@ class Decomposition(nn.Module):
         """
         with torch.no_grad():
             clean = self.model(batch, keep=("inputs", "outputs"))
-        logits = self.ci_fn(clean.inputs)
+        logits = {name: z.to(torch.promote_types(z.dtype, torch.float32)) for name, z in self.ci_fn(clean.inputs).items()}
         lower_logits = logits if jitter is None else _jittered(logits, jitter)
         lower = {name: self.lower_of(z) for name, z in lower_logits.items()}
         upper = {name: self.upper_of(z) for name, z in logits.items()}

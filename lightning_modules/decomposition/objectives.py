@@ -47,8 +47,26 @@ class Objective:
 class BatchObjective(Protocol):
     """A loss that is a sum over the rows of a batch."""
 
+    @property
+    def label(self) -> str:
+        """Name in logs."""
+        ...
+
     def sums(self, parts: Decomposition, prepared: Prepared, draws: Draws) -> tuple[Tensor, int]:
         """Its sum, with graph, and the count it is divided by."""
+        ...
+
+
+@runtime_checkable
+class WholeBatchObjective(BatchObjective, Protocol):
+    """A loss that must see the whole batch of all ranks before it is summed over parts of it, such as one under attack."""
+
+    def begin(self, parts: Decomposition, batch: Sequence[tuple[Prepared, Draws]], step: int, training: bool) -> None:
+        """Look at a rank's microbatches, without graph; collectives are allowed. ``step`` counts optimizer steps before this one."""
+        ...
+
+    def finish(self, step: int) -> None:
+        """After the backward pass of a training step; not called in evaluations."""
         ...
 
 
@@ -59,8 +77,9 @@ class Faithfulness(Objective):
     name: ClassVar[str] = "faithfulness"
 
     def value(self, parts: Decomposition) -> Tensor:
-        """The loss: a function of parameters alone."""
-        return faithfulness(parts.model.deltas().values())
+        """The loss: a function of parameters alone, in their own precision."""
+        with torch.autocast(parts.device.type, enabled=False):
+            return faithfulness(parts.model.deltas().values())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,8 @@ def recon_sum(prediction: Tensor, target: Tensor, kind: ReconKind, chunk_numbers
     if prediction.shape != target.shape:
         raise ValueError(f"A prediction of shape {tuple(prediction.shape)} cannot be compared with a target of {tuple(target.shape)}.")
     if kind == "mse":
-        return (prediction - target).square().sum()
+        wide = torch.promote_types(prediction.dtype, torch.float32)
+        return (prediction.to(wide) - target.to(wide)).square().sum()
     if kind != "kl":
         raise ValueError(f"There is no reconstruction loss {kind!r}; choose mse or kl.")
     vocabulary = target.shape[-1]
