@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from theodolite.reports.figures import render_png
+from theodolite.reports.hypotheses import judgement_record, study_judgements
 from theodolite.reports.page import render_page
 from theodolite.reports.records import RATES, Run, Study, read_study
 from theodolite.reports.statistics_table import MEASURES, arm_spread, compare, comparison_record, measure, n_rollouts
@@ -55,6 +56,7 @@ def summarise(study: Study) -> dict[str, Any]:
         "arms": {arm: _arm_record(study, arm) for arm in study.arms},
         "comparisons": [comparison_record(compare(study, arm, against, name)) for arm, against in questions(study) for name in MEASURES],
         "findings": [{"question": item.question, "status": item.status, "text": item.text} for item in findings(study)],
+        "hypotheses": [judgement_record(item) for item in study_judgements(study)],
         "missing": [{"arm": arm, "seed": seed, "why": why} for arm, seed, why in study.absent],
         "seconds": study.seconds,
         "cpu_count": study.cpu_count,

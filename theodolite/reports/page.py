@@ -8,12 +8,13 @@ from theodolite.reports.arms import ArmStyle, arm_styles
 from theodolite.reports.figures import Panel, panels, render_svg
 from theodolite.reports.formatting import NOT_MEASURED, duration, listing
 from theodolite.reports.html_parts import arm_colours, arm_name, code_lines, data_uri, inline, section, swatch
+from theodolite.reports.hypotheses import study_judgements
 from theodolite.reports.page_style import CSS
 from theodolite.reports.provenance_section import provenance
 from theodolite.reports.records import Study
 from theodolite.reports.remarks import caveats, lead
 from theodolite.reports.samples import KINDS, Sample, arm_samples
-from theodolite.reports.tables import comparisons_table, geometry_table, phase_table, results_table
+from theodolite.reports.tables import comparisons_table, geometry_table, hypotheses_table, phase_table, results_table
 from theodolite.reports.verdict import findings
 
 TITLE = "Reward hacking under gradient projection"
@@ -27,6 +28,7 @@ def render_page(study: Study) -> str:
         (
             _header(study),
             section("verdict", "What happened", _verdict(study)),
+            _hypotheses(study),
             section("figure", "Rates during training", _figure(study, styles)),
             section("table", "Final held-out rates", _results(study, styles)),
             section("samples", "What the programs look like", _samples(study, styles)),
@@ -62,6 +64,17 @@ def _verdict(study: Study) -> str:
         "contains zero is called unresolved. The intervals are not corrected for the number of comparisons."
     )
     return f'<p class="small">{explanation}</p>\n<ul class="findings">\n{chr(10).join(items)}\n</ul>'
+
+
+def _hypotheses(study: Study) -> str:
+    judgements = study_judgements(study)
+    if not judgements:
+        return ""
+    explanation = (
+        "Written down before the runs; the outcome of every one is shown. One-sided paired t-tests over seeds, after Holm's correction "
+        "over all of them: confirmed where the change is shown, falsified where the opposite is, undecided otherwise."
+    )
+    return section("hypotheses", "Hypotheses", f'<p class="small">{explanation}</p>\n{hypotheses_table(judgements)}')
 
 
 def _figure(study: Study, styles: dict[str, ArmStyle]) -> str:

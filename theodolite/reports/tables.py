@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 
 from theodolite.functional.statistics import Spread
 from theodolite.reports.arms import ArmStyle
 from theodolite.reports.formatting import NOT_MEASURED, count, interval, mean_and_sd, points, sign_count, spread_remark
 from theodolite.reports.html_parts import arm_name, cell, inline, table
+from theodolite.reports.hypotheses import Judgement
 from theodolite.reports.records import Study
 from theodolite.reports.statistics_table import (
     Comparison,
@@ -128,3 +130,18 @@ def phase_table(study: Study, styles: dict[str, ArmStyle]) -> str:
         for arm in study.arms
     ]
     return table(("Arm", *(f"{key.removeprefix('time/').removesuffix('_s').replace('_', ' ')}, s" for key in keys)), rows)
+
+
+def hypotheses_table(judgements: Sequence[Judgement]) -> str:
+    """Every hypothesis with its outcome, the change that was found, and why."""
+    rows = []
+    for item in judgements:
+        entry = item.hypothesis
+        against = f"`{entry.against}`" if isinstance(entry.against, str) else f"{100 * entry.against:g} %"
+        asked = f"`{entry.arm}` against {against}: {entry.measure.replace('_', ' ')} {entry.change} by {100 * entry.by:g} points or more"
+        head = f'<th scope="row"><b>{escape(entry.name)}</b><small>{inline(entry.claim)}</small></th>'
+        found = "" if item.mean is None else points(item.mean)
+        ends = "" if item.low is None or item.high is None else f"[{points(item.low)}, {points(item.high)}]"
+        cells = f"<td>{inline(asked)}</td>{cell(found or NOT_MEASURED, ends)}{cell(f'n={item.n}')}"
+        rows.append(f"<tr>{head}{cells}<td><b>{item.outcome}</b><small>{inline(item.reason)}</small></td></tr>")
+    return table(("Hypothesis", "What was asked", "Change found, points [95\N{NO-BREAK SPACE}%]", "Seeds", "Outcome"), rows)

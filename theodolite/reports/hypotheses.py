@@ -1,0 +1,213 @@
+r"""Hypotheses written down before the runs, and what became of every one of them.
+
+A study directory may hold ``hypotheses.yaml``::
+
+    hypotheses:
+      - name: H1
+        claim: Removing the live direction lowers the hack rate without costing passes.
+        arm: projected_live
+        against: vanilla        # or a number: the arm's own rate is set against it
+        measure: hack_rate
+        change: lower           # lower | higher
+        by: 0.15                # at least so much, as a rate
+        pass_rate: at_least     # any | matched | at_least: what the arm's pass rate must do for the claim to count
+        tolerance: 0.05
+
+Outcomes rest on one number per seed. With :math:`d_s` the differences, the claim "lower by b" is *confirmed* when a one-sided t-test
+rejects :math:`\bar d \ge -b`, *falsified* when one rejects :math:`\bar d \le -b`, both after Holm's correction over all hypotheses of
+the file, and *undecided* otherwise. Arms with unequal seeds are not compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+
+from theodolite.functional.statistics import PairedTest, holm, seed_level_t_test, t_interval
+from theodolite.reports.records import Study
+from theodolite.reports.statistics_table import MEASURES, measure
+
+Outcome = Literal["confirmed", "falsified", "undecided"]
+FILE = "hypotheses.yaml"
+LEVEL = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """One entry of the file; see the module's docstring."""
+
+    name: str
+    claim: str
+    arm: str
+    against: str | float
+    measure: str
+    change: Literal["lower", "higher"]
+    by: float = 0.0
+    pass_rate: Literal["any", "matched", "at_least"] = "any"
+    tolerance: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What became of a hypothesis.
+
+    Attributes:
+        hypothesis: The entry.
+        outcome: ``confirmed``, ``falsified`` or ``undecided``.
+        reason: Why, with the numbers.
+        n: Seeds compared; 0 where nothing could be.
+        mean: Mean difference (arm minus what it is set against); ``None`` where nothing could be compared.
+        low: Lower end of its 95 % t interval over seeds.
+        high: Upper end.
+        p_for: Holm-adjusted p-value of the test that would confirm it; NaN where there is none.
+        p_against: Holm-adjusted p-value of the test that would falsify it.
+    """
+
+    hypothesis: Hypothesis
+    outcome: Outcome
+    reason: str
+    n: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    p_for: float
+    p_against: float
+
+
+def read_hypotheses(path: Path) -> list[Hypothesis]:
+    """Read the file.
+
+    Raises:
+        ValueError: An entry lacks a key, has one that is not known, or a value that cannot be.
+    """
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("hypotheses"), list):
+        raise ValueError(f"{path} must hold a list under 'hypotheses:'.")
+    entries = [_entry(path, index, raw) for index, raw in enumerate(content["hypotheses"], start=1)]
+    names = [entry.name for entry in entries]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}: two hypotheses have the same name; give each its own.")
+    return entries
+
+
+def _entry(path: Path, index: int, raw: object) -> Hypothesis:
+    known = {field.name for field in fields(Hypothesis)}
+    if not isinstance(raw, dict) or not set(raw) <= known:
+        extra = sorted(set(raw) - known) if isinstance(raw, dict) else raw
+        raise ValueError(f"{path}: hypothesis {index} has {extra}, which is not among {sorted(known)}.")
+    missing = {"name", "claim", "arm", "against", "measure", "change"} - set(raw)
+    if missing:
+        raise ValueError(f"{path}: hypothesis {index} lacks {sorted(missing)}.")
+    entry = Hypothesis(**cast(Mapping[str, Any], raw))
+    choices = {"measure": tuple(MEASURES), "change": ("lower", "higher"), "pass_rate": ("any", "matched", "at_least")}
+    for key, allowed in choices.items():
+        if getattr(entry, key) not in allowed:
+            raise ValueError(f"{path}: {entry.name}: {key} is {getattr(entry, key)!r}; choose one of {', '.join(allowed)}.")
+    if entry.by < 0 or entry.tolerance < 0:
+        raise ValueError(f"{path}: {entry.name}: by and tolerance are sizes and must not be negative.")
+    return entry
+
+
+def judge(study: Study, hypotheses: list[Hypothesis]) -> list[Judgement]:
+    """The outcome of every hypothesis, in order; none is left out."""
+    samples = [_values(study, entry) for entry in hypotheses]
+    p_for = holm({entry.name: _p_value(entry, sample, "for") for entry, sample in zip(hypotheses, samples, strict=True)})
+    p_against = holm({entry.name: _p_value(entry, sample, "against") for entry, sample in zip(hypotheses, samples, strict=True)})
+    return [
+        _judgement(study, entry, sample, p_for[entry.name], p_against[entry.name])
+        for entry, sample in zip(hypotheses, samples, strict=True)
+    ]
+
+
+def study_judgements(study: Study) -> list[Judgement]:
+    """Outcomes for the study's own file; empty where it has none."""
+    path = study.directory / FILE
+    return judge(study, read_hypotheses(path)) if path.is_file() else []
+
+
+def judgement_record(item: Judgement) -> dict[str, Any]:
+    """A judgement as plain JSON."""
+    numbers = {key: None if math.isnan(value) else value for key, value in (("p_for", item.p_for), ("p_against", item.p_against))}
+    found = {"n": item.n, "mean": item.mean, "low": item.low, "high": item.high}
+    return {**asdict(item.hypothesis), "outcome": item.outcome, "reason": item.reason, **found, **numbers}
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """The arm's values and what they are set against, by seed; or why they are not compared."""
+
+    arm: tuple[float, ...]
+    against: tuple[float, ...]
+    refusal: str = ""
+
+
+def _values(study: Study, entry: Hypothesis) -> _Sample:
+    own = {run.seed: value for run in study.of(entry.arm) if (value := measure(run, entry.measure)) is not None}
+    if not own:
+        return _Sample((), (), f"`{entry.arm}` was not measured")
+    if isinstance(entry.against, int | float):
+        other = dict.fromkeys(own, float(entry.against))
+    else:
+        other = {run.seed: value for run in study.of(entry.against) if (value := measure(run, entry.measure)) is not None}
+        if not other:
+            return _Sample((), (), f"`{entry.against}` was not measured")
+    if own.keys() != other.keys():
+        seeds = f"seeds {sorted(own)} against {sorted(other)}"
+        return _Sample((), (), f"`{entry.arm}` and `{entry.against}` have unequal seeds ({seeds}) and are not compared")
+    if len(own) < 2:
+        return _Sample((), (), "one seed shows nothing")
+    return _Sample(tuple(own[seed] for seed in sorted(own)), tuple(other[seed] for seed in sorted(own)))
+
+
+def _p_value(entry: Hypothesis, sample: _Sample, side: Literal["for", "against"]) -> float:
+    """One-sided p-value that the change exceeds ``by`` (``for``) or falls short of it (``against``)."""
+    if sample.refusal:
+        return math.nan
+    bound = -entry.by if entry.change == "lower" else entry.by
+    shifted = [value - bound for value in sample.arm]
+    lower = (entry.change == "lower") == (side == "for")
+    test: PairedTest = seed_level_t_test(shifted, sample.against, alternative="less" if lower else "greater")
+    if math.isnan(test.p_value):  # no spread at all: the mean itself decides
+        return 0.0 if (test.mean < 0) == lower else 1.0
+    return test.p_value
+
+
+def _judgement(study: Study, entry: Hypothesis, sample: _Sample, p_for: float, p_against: float) -> Judgement:
+    if sample.refusal:
+        return Judgement(entry, "undecided", sample.refusal, 0, None, None, None, math.nan, math.nan)
+    differences = [value - other for value, other in zip(sample.arm, sample.against, strict=True)]
+    mean = math.fsum(differences) / len(differences)
+    low, high = t_interval(differences)
+    outcome: Outcome = "undecided"
+    if p_for < LEVEL:
+        outcome, reason = "confirmed", f"the test of this change has p = {p_for:.2g}"
+    elif p_against < LEVEL:
+        outcome, reason = "falsified", f"the test of the opposite has p = {p_against:.2g}"
+    else:
+        reason = f"neither test decides (p = {p_for:.2g} for it, {p_against:.2g} against it)"
+    condition = _pass_condition(study, entry)
+    if outcome == "confirmed" and condition:
+        outcome, reason = "undecided", f"{reason}, but {condition}"
+    return Judgement(entry, outcome, reason, len(differences), mean, low, high, p_for, p_against)
+
+
+def _pass_condition(study: Study, entry: Hypothesis) -> str:
+    """Why the arm's pass rate keeps the claim from counting; empty if it does not."""
+    if entry.pass_rate == "any" or not isinstance(entry.against, str):
+        return ""
+    own = [value for run in study.of(entry.arm) if (value := measure(run, "pass_rate")) is not None]
+    other = [value for run in study.of(entry.against) if (value := measure(run, "pass_rate")) is not None]
+    if not own or not other:
+        return "the pass rates were not measured"
+    gap = math.fsum(own) / len(own) - math.fsum(other) / len(other)
+    rounding = 1e-12
+    if gap < -entry.tolerance - rounding or (entry.pass_rate == "matched" and gap > entry.tolerance + rounding):
+        points = f"{100 * entry.tolerance:g} points"
+        wanted = f"within {points}" if entry.pass_rate == "matched" else f"at most {points} lower"
+        return f"the pass rate differs by {100 * gap:+.1f} points, not {wanted}"
+    return ""
