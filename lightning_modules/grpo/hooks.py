@@ -26,6 +26,12 @@ def call_window_hook(name: str, trainer: Any, module: Any, window: Window, verdi
         if getattr(callback, "uses_oracle", False):
             view = OracleWindow(**{f.name: getattr(window, f.name) for f in fields(Window)}, verdicts=list(verdicts))
             hook(trainer, module, view, *extra)
-            window.values, window.advantages = view.values, view.advantages
+            for f in fields(Window):
+                setattr(window, f.name, getattr(view, f.name))
         else:
             hook(trainer, module, window, *extra)
+
+
+def wants_parts(callbacks: Sequence[Any]) -> bool:
+    """Whether a callback wants to see every gradient part before the parts are added."""
+    return any(hasattr(callback, "on_part_gradients") for callback in callbacks)

@@ -1,6 +1,7 @@
 """GRPO with manual optimisation: one window of rollouts per training step, with hooks for callbacks at every stage.
 
-A window is: sync -> rollouts -> grades -> advantages -> microbatches -> gradient sum over ranks -> callbacks -> clip -> step.
+A window is: sync -> rollouts -> grades -> advantages -> microbatches -> gradient sum over ranks -> callbacks -> clip -> step. docs/grpo.md
+has the whole of it: objectives, paths, hooks, and what every logged number means.
 
 Run it (CPU, embedded problems, a policy made by the warm start)::
 
@@ -17,7 +18,6 @@ per-sequence mean is ``grpo``), there is no KL term unless ``beta`` > 0, and its
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -27,31 +27,63 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from theodolite.batch_arithmetic import BatchArithmetic, split_batch
-from theodolite.distributed import gather_objects, sum_gradients
-from theodolite.functional.advantages import group_advantages, has_signal
-from theodolite.functional.policy_loss import WindowTotals, clipped_surrogate, kl_penalty, log_ratio, token_weights
-from theodolite.protocols import Grade, Reward, Rollout, TokenSequence, Verdict, Window
+from theodolite.distributed import gather_objects
+from theodolite.functional.advantages import gdpo_advantages, group_advantages
+from theodolite.functional.importance import MISMATCH_MODES
+from theodolite.protocols import Window
 
-from ..evaluation import add_sums, outcome_sums
-from ..policy_module import PolicyModule
-from .hooks import call_window_hook, oracle_users
+from ..split_prefix import take_apart
+from .collection import CollectionModule
+from .hooks import oracle_users, wants_parts
+from .losses import build_loss
+from .reporting import log_window, rollout_sums, write_table
+from .self_check import check_gradient_path
+from .window import REPLAYED, foreign
 
 Sums = dict[str, tuple[float, float]]
+CHOICES: dict[str, tuple[str, ...]] = {
+    "aggregation": ("dapo", "dr_grpo", "grpo", "seq_mean_token_sum"),
+    "advantage_scale": ("none", "group", "batch", "rloo"),
+    "kl_estimator": ("k1_reward", "k2", "k3", "k3_is"),
+    "truncated": ("keep", "mask", "exclude"),
+    "zero_variance": ("skip", "drop", "refill"),
+    "reward_mix": ("sum", "gdpo"),
+}
 
 
-class GRPOModule(PolicyModule):
+class GRPOModule(CollectionModule):
     """Group-relative policy optimisation of a causal language model on an environment.
 
     Args:
         group_size: Completions per prompt.
-        aggregation: ``dapo`` (mean over all tokens of the window), ``dr_grpo`` (sum over a constant) or ``grpo`` (mean over rollouts of
-            per-rollout means); all with a denominator that is global over microbatches and ranks.
-        advantage_scale: Divide centred rewards by nothing (``none``), the group's or the window's standard deviation (``batch``).
+        aggregation: ``dapo`` (mean over all tokens of the window), ``dr_grpo`` (sum over a constant), ``grpo`` (mean over rollouts of
+            per-rollout means) or ``seq_mean_token_sum``; all with a denominator that is global over microbatches and ranks.
+        advantage_scale: Divide centred rewards by nothing (``none``), the group's or the window's standard deviation (``batch``), or take
+            each against the mean of the others (``rloo``).
         clip_low: Lower clipping distance of the importance sampling ratio.
         clip_high: Upper clipping distance.
+        loss: ``class_path`` and ``init_args`` of another loss, e.g. ``CISPOLoss`` or ``ClippedLoss`` with ``ratio: sequence`` (GSPO), from
+            :mod:`theodolite.lightning_modules.grpo.losses` or your own module; null = the clipped surrogate on token ratios.
         updates_per_window: Optimizer steps per window of rollouts; with 1 every step is on policy and clipping never acts.
         beta: Coefficient of the KL term against the reference policy (adapter off, or a frozen copy); 0 = no reference is kept.
-        kl_estimator: ``k3_is``, ``k3`` or ``k2``.
+        kl_estimator: ``k3_is``, ``k3`` or ``k2`` in the loss; ``k1_reward`` subtracts the estimate from the reward instead.
+        reward_weights: Weight of each named component of a reward; null = the environment's own sum.
+        reward_mix: ``sum`` weights and adds components before advantages; ``gdpo`` normalises each within its group first.
+        overlong_buffer: Tokens before ``max_new_tokens`` over which a penalty grows from 0 to 1; 0 = off.
+        truncated: Completions without an end token: ``keep``, ``mask`` (no loss, not in the denominators, but in the group's mean) or
+            ``exclude`` (not in the group's mean either).
+        zero_variance: Groups whose rewards are all equal: ``skip`` (nothing to compute, but in the denominators), ``drop`` (not in the
+            denominators, no KL term either) or ``refill`` (sample their prompts again).
+        refill_attempts: Most rounds of sampling again per window.
+        mismatch: ``mode`` (token_tis, token_mis, sequence_tis, sequence_mis, geometric_mis), ``low`` and ``high``: correct for a sampler
+            whose probabilities are not the trainer's; null = only measure.
+        reuse_sampler_log_probs: With several updates per window, take ratios against the sampler's log-probabilities: one pass less.
+        token_budget: Most completion tokens (rows times longest) per microbatch, and most prompt tokens computed at once; null = no bound.
+        split_backward: Compute every distinct prompt once per window and back-propagate through it once, and the head on loss positions
+            only. The fastest path; an architecture for which it is not exact takes the next one, which is said at start.
+        overlap_grading: Compute old and reference log-probabilities while completions are graded (in a thread).
+        grading_timeout_s: Stop the run, on all ranks, when grading one window takes longer; null = wait.
+        table_every: Windows between two tables of all rollouts in ``completions/`` (and W&B, where it logs); 0 = none.
         policy_args: Everything else: see :class:`~theodolite.lightning_modules.policy_module.PolicyModule`.
     """
 
@@ -62,27 +94,74 @@ class GRPOModule(PolicyModule):
         advantage_scale: str = "group",
         clip_low: float = 0.2,
         clip_high: float = 0.2,
+        loss: dict[str, Any] | None = None,
         updates_per_window: int = 1,
         beta: float = 0.0,
         kl_estimator: str = "k3_is",
+        reward_weights: dict[str, float] | None = None,
+        reward_mix: str = "sum",
+        overlong_buffer: int = 0,
+        truncated: str = "keep",
+        zero_variance: str = "skip",
+        refill_attempts: int = 3,
+        mismatch: dict[str, Any] | None = None,
+        reuse_sampler_log_probs: bool = False,
+        token_budget: int | None = None,
+        split_backward: bool = False,
+        overlap_grading: bool = False,
+        grading_timeout_s: float | None = None,
+        table_every: int = 50,
         **policy_args: Any,
     ) -> None:
         super().__init__(**policy_args)
         self.save_hyperparameters()
-        _choice("aggregation", aggregation, ("dapo", "dr_grpo", "grpo"))
-        _choice("advantage_scale", advantage_scale, ("none", "group", "batch"))
-        _choice("kl_estimator", kl_estimator, ("k2", "k3", "k3_is"))
-        if group_size < 2:
-            raise ValueError(f"model.group_size is {group_size}; a group-relative advantage needs at least 2 completions per prompt.")
-        if updates_per_window < 1:
-            raise ValueError(f"model.updates_per_window is {updates_per_window}; it must be at least 1.")
-        if beta < 0:
-            raise ValueError(f"model.beta is {beta}; a negative KL coefficient would push away from the reference, use 0 or more.")
         self.group_size, self.aggregation, self.advantage_scale = group_size, aggregation, advantage_scale
-        self.clip_low, self.clip_high, self.updates_per_window = clip_low, clip_high, updates_per_window
-        self.beta, self.kl_estimator = beta, kl_estimator
+        self.policy_loss = build_loss(loss, clip_low, clip_high)
+        self.updates_per_window, self.beta, self.kl_estimator = updates_per_window, beta, kl_estimator
+        self.reward_weights, self.reward_mix, self.overlong_buffer = reward_weights, reward_mix, overlong_buffer
+        self.truncated, self.zero_variance, self.refill_attempts = truncated, zero_variance, refill_attempts
+        self.reuse_sampler_log_probs, self.token_budget, self.split_backward = reuse_sampler_log_probs, token_budget, split_backward
+        self.overlap_grading, self.grading_timeout_s, self.table_every = overlap_grading, grading_timeout_s, table_every
+        self._check_settings(mismatch)
+        self.mismatch = None if mismatch is None else (mismatch["mode"], float(mismatch.get("low", 0.0)), float(mismatch["high"]))
         self.batch_arithmetic: BatchArithmetic | None = None
-        self._reference: list[Any] = []  # in a list so that it is no submodule: never trained, moved or saved with the policy
+        self._reference = []  # in a list so that it is no submodule: never trained, moved or saved with the policy
+        self._checked = False
+
+    def _check_settings(self, mismatch: dict[str, Any] | None) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"model.{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
+        smallest = {
+            "group_size": 2,
+            "updates_per_window": 1,
+            "refill_attempts": 1,
+            "table_every": 0,
+            "token_budget": 1,
+            "overlong_buffer": 0,
+        }
+        for name, least in smallest.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                why = "; a group-relative advantage needs at least 2 completions per prompt" if name == "group_size" else ""
+                raise ValueError(f"model.{name} is {value}; it must be at least {least}{why}.")
+        if self.beta < 0:
+            raise ValueError(f"model.beta is {self.beta}; a negative KL coefficient would push away from the reference, use 0 or more.")
+        if self.overlong_buffer > self.sampling.max_new_tokens:
+            raise ValueError(f"model.overlong_buffer is {self.overlong_buffer}; it must not exceed max_new_tokens.")
+        if self.reward_mix == "gdpo" and not self.reward_weights:
+            raise ValueError("model.reward_mix=gdpo needs model.reward_weights: which components there are, and what each counts.")
+        if mismatch is not None:
+            self._check_mismatch(mismatch)
+
+    def _check_mismatch(self, mismatch: dict[str, Any]) -> None:
+        if set(mismatch) - {"mode", "low", "high"} or mismatch.get("mode") not in MISMATCH_MODES or "high" not in mismatch:
+            raise ValueError(f"model.mismatch is {mismatch}; give mode (one of {', '.join(MISMATCH_MODES)}), high and perhaps low.")
+        if self.sampling.top_p < 1 or self.sampling.top_k:
+            raise ValueError(
+                "model.mismatch corrects towards untruncated probabilities, but top_p or top_k truncate what is sampled, so every weight "
+                "would be off by the mass they cut; set top_p to 1 and top_k to 0, or mismatch to null."
+            )
 
     # ------------------------------------------------------------------ start
 
@@ -93,7 +172,7 @@ class GRPOModule(PolicyModule):
             self._reference.append(copy.deepcopy(self.causal_lm).requires_grad_(False).eval())
 
     def on_fit_start(self) -> None:
-        """Split the global batch, and say who may see the oracle's labels."""
+        """Split the global batch, choose the gradient path, and say who may see the oracle's labels."""
         prompts = getattr(self._datamodule(), "global_batch_size", None)
         if not isinstance(prompts, int):
             raise TypeError(
@@ -101,6 +180,8 @@ class GRPOModule(PolicyModule):
             )
         self.batch_arithmetic = split_batch(prompts, self.trainer.world_size, self.group_size, self.micro_batch_size)
         self._check_ranks()
+        if self.split_backward:
+            self._split_if_exact()
         users = oracle_users(cast(Any, self.trainer).callbacks)
         if users:
             rank_zero_info(f"uses_oracle: {', '.join(users)} may see the oracle's labels in this run.")
@@ -108,6 +189,14 @@ class GRPOModule(PolicyModule):
     def on_train_start(self) -> None:
         """Switch dropout off for good: between sampling, old, new and reference log-probabilities it would be noise in every ratio."""
         self.causal_lm.eval()
+
+    def _split_if_exact(self) -> None:
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise ValueError("model.split_backward does not work with a gradient scaler; use bf16 precision, or set it to false.")
+        self.backbone = take_apart(self.causal_lm) if self.shared_prefix else None
+        if self.backbone is None:
+            path = "microbatches share prompts" if self.shared_prefix else "the padded path is used"
+            rank_zero_info(f"split_backward: not exact for this architecture; {path} instead.")
 
     def _check_ranks(self) -> None:
         strategy = self.trainer.strategy
@@ -121,236 +210,73 @@ class GRPOModule(PolicyModule):
     def training_step(self, batch: list[Any], batch_idx: int) -> None:
         """One window: rollouts, grades, advantages, gradients, ``updates_per_window`` optimizer steps."""
         self.seconds = {}
-        window, verdicts = self.collect(batch)
+        window, verdicts, anchors = self.collect(batch)
         self._hook("on_rollouts", window, verdicts)
+        verdicts = [REPLAYED if foreign(r) else verdict for r, verdict in zip(window.rollouts, verdicts, strict=True)]
+        self.shape_rewards(window)
         with self.timed("advantages"):
-            window.advantages = self.global_advantages(window.values)
+            window.advantages = self.window_advantages(window)
         self._hook("on_advantages", window, verdicts)
         totals = self.totals(window)
         repeats = self.merge_repeats(window)
         microbatches = self.microbatches(window, repeats)
-        with self.timed("scoring"):
-            anchors = self.anchor_log_probs(window, microbatches)
-        sums: list[Sums] = [self.rollout_sums(window, verdicts), window.metrics]
+        if anchors is None or any(map(foreign, window.rollouts)):
+            with self.timed("scoring"):
+                anchors = self.anchor_log_probs(window, microbatches)
+        sums: list[Sums] = [rollout_sums(window, verdicts), window.metrics]
         optimizer = cast(LightningOptimizer, self.optimizers())
         lr = float(optimizer.param_groups[0]["lr"])
+        by_part = wants_parts(cast(Any, self.trainer).callbacks)
         for _ in range(self.updates_per_window):
             optimizer.zero_grad()
+            self._check_path_once(window, microbatches)
             with self.timed("gradients"):
-                sums.append(self.accumulate(window, microbatches, totals, repeats, anchors, verdicts))
-                sum_gradients(self.trainable_parameters())
+                sums.append(self.window_gradient(window, microbatches, totals, repeats, anchors, verdicts, by_part))
             with self.timed("update"):
                 optimizer.step()
                 cast(Any, self.lr_schedulers()).step()
             for callback in cast(Any, self.trainer).callbacks:
                 if hasattr(callback, "on_after_optimizer_step"):
                     callback.on_after_optimizer_step(self.trainer, self, optimizer.optimizer)
-        self._log_window(sums, lr)
+        if self.table_every and (window.step // self.updates_per_window) % self.table_every == 0:
+            write_table(self, window, verdicts)
+        log_window(self, sums, lr)
 
-    def collect(self, batch: list[Any]) -> tuple[Window, list[Verdict]]:
-        """Sample and grade this rank's groups. The verdicts come apart from the window: advantages cannot reach them."""
-        step = self.trainer.global_step
-        with self.timed("rollouts"):
-            self.engine.onload()
-            self.engine.sync(step)
-            prompts, groups = self.sample(batch, self.group_size, self.sampling, "rollouts", step)
-            self.engine.offload()
-        rollouts = [
-            Rollout(
-                tokens=TokenSequence(prompts[g], sample.ids),
-                text=self.decode(sample.ids),
-                sampler_log_probs=sample.log_probs,
-                finish=sample.finish,
-                problem=batch[g].id,
-                slot=self.slot(g),
-                sample=i,
-                weight_version=sample.weight_version,
-            )
-            for g, group in enumerate(groups)
-            for i, sample in enumerate(group)
-        ]
-        with self.timed("grading"):
-            grades = self.environment.grade([row for row in batch for _ in range(self.group_size)], [r.text for r in rollouts])
-        rewards: list[Reward] = [grade.reward for grade in grades]
-        values = torch.tensor([reward.value for reward in rewards], dtype=torch.float64)
-        return Window(step, list(batch), rollouts, rewards, self.group_size, values), [grade.verdict for grade in grades]
+    def _check_path_once(self, window: Window, microbatches: list[list[int]]) -> None:
+        """On the run's first window with a gradient, compare the path in use with the padded one."""
+        if self._checked or not self.shared_prefix:
+            return
+        few = sorted((i for m in microbatches for i in m), key=lambda i: len(window.rollouts[i].tokens.completion_ids))
+        if any(gather_objects(bool(few))):
+            middle = len(few) // 2
+            with self.timed("self_check"):
+                check_gradient_path(self, window, few[max(0, middle - 1) : middle + 2])
+            self._checked = True
+
+    def window_advantages(self, window: Window) -> Tensor:
+        """(n,) advantages of this rank's rollouts, of their values or, under ``gdpo``, of their components."""
+        if self.reward_mix == "sum":
+            return self.global_advantages(window.values)
+        weights = dict(self.reward_weights or {})
+        columns = [[reward.parts.get(name, torch.nan) for reward in window.rewards] for name in weights]
+        components = torch.tensor(columns, dtype=torch.float64).T
+        # whatever hooks, penalties and exclusions did to the values is a component of its own
+        change = window.values - torch.tensor([reward.value for reward in window.rewards], dtype=torch.float64)
+        components = torch.where(window.values.isnan()[:, None], torch.nan, torch.cat([components, change[:, None]], dim=1))
+        by_slot = self._by_slot(components)
+        advantages = gdpo_advantages(by_slot, torch.tensor([*weights.values(), 1.0]), self.group_size)
+        return self._own(advantages)
 
     def global_advantages(self, values: Tensor) -> Tensor:
         """Advantages of this rank's rollouts, with every statistic taken over the window of all ranks."""
+        return self._own(group_advantages(self._by_slot(values), self.group_size, cast(Any, self.advantage_scale)))
+
+    def _by_slot(self, values: Tensor) -> Tensor:
+        """All ranks' (n, ...) rows in the order of their global slots."""
         parts = gather_objects(values)
-        by_slot = torch.stack([part.view(-1, self.group_size) for part in parts], dim=1).reshape(-1)
-        advantages = group_advantages(by_slot, self.group_size, cast(Any, self.advantage_scale))
-        return advantages.view(-1, len(parts), self.group_size)[:, self.global_rank].reshape(-1)
+        return torch.stack([part.view(-1, self.group_size, *part.shape[1:]) for part in parts], dim=1).reshape(-1, *values.shape[1:])
 
-    def totals(self, window: Window) -> WindowTotals:
-        """Global denominators, over every scorable rollout of every rank, before the first backward pass."""
-        lengths = [len(r.tokens.completion_ids) for r, v in zip(window.rollouts, window.values.tolist(), strict=True) if v == v]
-        counts = torch.tensor(gather_objects((sum(lengths), sum(n > 0 for n in lengths), len(lengths)))).sum(dim=0).tolist()
-        return WindowTotals(*counts, max_length=self.sampling.max_new_tokens)
-
-    def merge_repeats(self, window: Window) -> Tensor:
-        """How often each rollout stands for itself and its identical siblings; 0 for those that another stands for.
-
-        On policy the ratio is 1 and the loss is linear in the advantage, so identical completions of a prompt are computed once, with
-        their mean advantage and their number as weight: exactly the same gradient. With several updates per window the clip is not linear
-        and nothing is merged. ``window.advantages`` becomes the mean over siblings.
-        """
-        repeats = torch.ones(len(window.rollouts), dtype=torch.float64)
-        if self.updates_per_window > 1:
-            return repeats
-        siblings: dict[tuple[int, tuple[int, ...]], list[int]] = {}
-        for i, (rollout, value) in enumerate(zip(window.rollouts, window.values.tolist(), strict=True)):
-            if value == value:
-                siblings.setdefault((rollout.slot, rollout.tokens.completion_ids), []).append(i)
-        window.advantages = window.advantages.clone()
-        for indices in siblings.values():
-            window.advantages[indices] = window.advantages[indices].mean()
-            repeats[indices] = 0.0
-            repeats[indices[0]] = len(indices)
-        return repeats
-
-    def microbatches(self, window: Window, repeats: Tensor) -> list[list[int]]:
-        """Indices of this rank's rollouts that carry a gradient, sorted by length and cut into microbatches.
-
-        Without a KL term a rollout with advantage 0 contributes exactly nothing and is left out (the denominators still count it).
-        """
-        active = [
-            i
-            for i, rollout in enumerate(window.rollouts)
-            if rollout.tokens.completion_ids
-            and repeats[i] > 0
-            and not window.values[i].isnan()
-            and (window.advantages[i] != 0 or self.beta > 0)
-        ]
-        active.sort(key=lambda i: (-len(window.rollouts[i].tokens.completion_ids), i))
-        size = self.micro_batch_size or max(1, len(active))
-        return [active[i : i + size] for i in range(0, len(active), size)]
-
-    @torch.no_grad()
-    def anchor_log_probs(self, window: Window, microbatches: Sequence[Sequence[int]]) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Per microbatch: log-probabilities before the first update (None when on policy) and of the reference (None at beta 0)."""
-        anchors: list[tuple[Tensor | None, Tensor | None]] = []
-        for indices in microbatches:
-            sequences = [window.rollouts[i].tokens for i in indices]
-            old = self.completion_log_probs(sequences)[0] if self.updates_per_window > 1 else None
-            reference = self.reference_log_probs(sequences) if self.beta > 0 else None
-            anchors.append((old, reference))
-        return anchors
-
-    @torch.no_grad()
-    def reference_log_probs(self, sequences: Sequence[TokenSequence]) -> Tensor:
-        """(B, T) log-probabilities under the reference policy: the adapter switched off, or the frozen copy."""
-        if self.lora is not None:
-            with cast(Any, self.causal_lm).disable_adapter():
-                return self._log_probs(self.causal_lm, sequences)[0]
-        return self._log_probs(self._reference[0].to(self.device), sequences)[0]
-
-    # ------------------------------------------------------------------ gradients
-
-    def accumulate(
-        self,
-        window: Window,
-        microbatches: Sequence[Sequence[int]],
-        totals: WindowTotals,
-        repeats: Tensor | None = None,
-        anchors: Sequence[tuple[Tensor | None, Tensor | None]] | None = None,
-        verdicts: Sequence[Verdict] = (),
-    ) -> Sums:
-        """Add the window's gradient to ``p.grad``, microbatch by microbatch; local to this rank until summed.
-
-        Args:
-            window: Rollouts with advantages.
-            microbatches: Lists of rollout indices, in any split.
-            totals: Global denominators.
-            repeats: (n,) weight of each rollout, as :meth:`merge_repeats` returns it; None = 1 each.
-            anchors: As :meth:`anchor_log_probs` returns them; None = on policy, no reference.
-            verdicts: Passed on to callbacks that use the oracle.
-
-        Returns:
-            (sum, count) pairs for logging; ``loss`` is a sum whose count is 0.
-        """
-        sums: list[Sums] = []
-        for k, indices in enumerate(microbatches):
-            old, reference = anchors[k] if anchors is not None else (None, None)
-            weights = None if repeats is None else repeats[list(indices)]
-            loss, part = self.microbatch_loss(window, indices, totals, weights, old, reference)
-            with self._without_gradient_sync():
-                self.manual_backward(loss)
-            sums.append(part)
-            self._hook("on_microbatch_gradients", window, verdicts, "policy")
-        return add_sums(sums)
-
-    def microbatch_loss(
-        self,
-        window: Window,
-        indices: Sequence[int],
-        totals: WindowTotals,
-        repeats: Tensor | None,
-        old: Tensor | None,
-        reference: Tensor | None,
-    ) -> tuple[Tensor, Sums]:
-        """This microbatch's share of the window's loss, and token-weighted statistics."""
-        rollouts = [window.rollouts[i] for i in indices]
-        log_probs, mask = self.completion_log_probs([rollout.tokens for rollout in rollouts])
-        advantages = window.advantages[list(indices)].to(log_probs)[:, None]
-        difference = log_ratio(log_probs, log_probs.detach() if old is None else old, mask)
-        ratio = difference.exp()
-        token_loss = clipped_surrogate(ratio, advantages, self.clip_low, self.clip_high)
-        weights = mask if repeats is None else mask * repeats.to(mask)[:, None]
-        sampler = _pad_rows([rollout.sampler_log_probs for rollout in rollouts], log_probs)
-        gap = torch.where(mask.bool(), log_probs.detach() - sampler, 0.0).abs()
-        clipped = ((ratio < 1 - self.clip_low) & (advantages < 0)) | ((ratio > 1 + self.clip_high) & (advantages > 0))
-        statistics = {"sampler_gap": gap, "clip_fraction": clipped.float()}
-        if reference is not None:
-            token_loss = token_loss + self.beta * kl_penalty(log_probs, reference, ratio, mask, cast(Any, self.kl_estimator))
-            statistics["kl"] = kl_penalty(log_probs.detach(), reference, ratio, mask, "k3")
-        per_rollout = 1.0 if repeats is None else repeats.to(mask)[:, None]
-        loss = (token_weights(mask, cast(Any, self.aggregation), totals) * per_rollout * token_loss).sum()
-        tokens = float(weights.sum())
-        sums: Sums = {name: (float((value * weights).sum()), tokens) for name, value in statistics.items()}
-        return loss, sums | {"loss": (float(loss.detach()), 0.0)}
-
-    def _hook(self, name: str, window: Window, verdicts: Sequence[Verdict], *extra: Any) -> None:
-        with self.timed("hooks"):
-            call_window_hook(name, self.trainer, self, window, verdicts, *extra)
-
-    # ------------------------------------------------------------------ logging
-
-    def rollout_sums(self, window: Window, verdicts: Sequence[Verdict]) -> Sums:
-        """(sum, count) pairs of this rank's rollouts: reward and oracle side by side."""
-        grades = [Grade(reward, verdict) for reward, verdict in zip(window.rewards, verdicts, strict=True)]
-        outcomes = outcome_sums(grades, [rollout.finish for rollout in window.rollouts])
-        scored = [r.value for r in window.rewards if r.value == r.value]
-        lengths = [len(r.sampler_log_probs) for r in window.rollouts]
-        signal = has_signal(window.values, self.group_size)
-        surprise = -sum(sum(r.sampler_log_probs) for r in window.rollouts)
-        return {f"{name}_rate": pair for name, pair in outcomes.items()} | {
-            "reward_mean": (sum(scored), len(scored)),
-            "completion_tokens": (sum(lengths), len(lengths)),
-            "entropy_estimate": (surprise, sum(lengths)),
-            "groups_with_signal": (float(signal.sum()), len(signal)),
-        }
-
-    def _log_window(self, sums: Sequence[Sums], lr: float) -> None:
-        totals = add_sums([part for parts in gather_objects(list(sums)) for part in parts])
-        loss, _ = totals.pop("loss", (0.0, 0.0))
-        metrics = {f"train/{name}": total / count if count else float("nan") for name, (total, count) in totals.items()}
-        metrics["train/loss"] = loss / self.updates_per_window
-        seconds = gather_objects(self.seconds)
-        metrics |= {f"time/{phase}_s": max(s.get(phase, 0.0) for s in seconds) for phase in self.seconds}
-        metrics["train/lr"] = lr
-        self.log_dict(metrics, rank_zero_only=False, sync_dist=False)
-        shown = {"reward": metrics["train/reward_mean"], "hack": metrics["train/hack_rate"], "pass": metrics["train/pass_rate"]}
-        self.log_dict(shown, prog_bar=True, logger=False)
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"model.{name} is {value!r}; choose one of {', '.join(choices)}.")
-
-
-def _pad_rows(rows: Sequence[Sequence[float]], like: Tensor) -> Tensor:
-    padded = torch.zeros_like(like)
-    for row, values in enumerate(rows):
-        padded[row, : len(values)] = torch.tensor(values, dtype=like.dtype)
-    return padded
+    def _own(self, by_slot: Tensor) -> Tensor:
+        """This rank's rows of what :meth:`_by_slot` gathered."""
+        ranks = self.trainer.world_size
+        return by_slot.view(-1, ranks, self.group_size)[:, self.global_rank].reshape(-1)

@@ -125,8 +125,8 @@ def test_clips_equal_a_case_by_case_loop(ratio_cap: float | None, dual_clip: flo
             loss = -min(first * advantage, min(max(ratio, 0.8), 1.2) * advantage)
             if dual_clip and advantage < 0:
                 loss = min(loss, -dual_clip * advantage)
-            tensors = [torch.tensor([[x]], dtype=torch.float64) for x in (ratio, advantage)]
-            assert float(clipped_surrogate(*tensors, ratio_cap=ratio_cap, dual_clip=dual_clip)) == pytest.approx(loss)
+            r, a = (torch.tensor([[x]], dtype=torch.float64) for x in (ratio, advantage))
+            assert float(clipped_surrogate(r, a, ratio_cap=ratio_cap, dual_clip=dual_clip)) == pytest.approx(loss)
 
 
 def test_cispo_never_takes_a_token_s_gradient_away() -> None:

@@ -1,0 +1,184 @@
+"""The first half of a window: sample, grade, sample again where nothing can be learnt, and shape the rewards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from theodolite.distributed import gather_objects
+from theodolite.functional.advantages import has_signal, overlong_penalty, weighted_reward
+from theodolite.protocols import Grade, Rollout, TokenSequence, Verdict, Window
+
+from .gradients import Anchors, PolicyGradientModule
+from .window import cut
+
+T = TypeVar("T")
+
+
+class CollectionModule(PolicyGradientModule):
+    """Rollouts and rewards of a window."""
+
+    group_size: int
+    reward_weights: dict[str, float] | None
+    overlong_buffer: int
+    refill_attempts: int
+    overlap_grading: bool
+    grading_timeout_s: float | None
+
+    def collect(self, batch: list[Any]) -> tuple[Window, list[Verdict], Anchors | None]:
+        """Sample and grade this rank's groups. The verdicts come apart from the window: advantages cannot reach them.
+
+        Returns:
+            The window, its verdicts, and the anchors where they were computed while grading ran.
+        """
+        step = self.trainer.global_step
+        rollouts = self._draw(batch, step)
+        grades, anchors = self._grade(batch, rollouts, step)
+        window = self._window(step, batch, rollouts, grades)
+        if self.zero_variance == "refill":
+            grades, refilled = self._refill(window, grades)
+            anchors = None if refilled else anchors
+        return window, [grade.verdict for grade in grades], anchors
+
+    def _draw(self, batch: Sequence[Any], step: int, *purpose: int | str) -> list[Rollout]:
+        with self.timed("rollouts"):
+            self.engine.onload()
+            self.engine.sync(step)
+            prompts, groups = self.sample(batch, self.group_size, self.sampling, "rollouts", step, *purpose)
+            self.engine.offload()
+        return [
+            Rollout(
+                tokens=TokenSequence(prompts[g], sample.ids),
+                text=self.decode(sample.ids),
+                sampler_log_probs=sample.log_probs,
+                finish=sample.finish,
+                problem=batch[g].id,
+                slot=self.slot(g),
+                sample=i,
+                weight_version=sample.weight_version,
+            )
+            for g, group in enumerate(groups)
+            for i, sample in enumerate(group)
+        ]
+
+    def _window(self, step: int, batch: Sequence[Any], rollouts: list[Rollout], grades: Sequence[Grade]) -> Window:
+        rewards = [grade.reward for grade in grades]
+        values = torch.tensor([reward.value for reward in rewards], dtype=torch.float64)
+        return Window(step, list(batch), rollouts, rewards, self.group_size, values)
+
+    def _grade(self, batch: Sequence[Any], rollouts: list[Rollout], step: int) -> tuple[list[Grade], Anchors | None]:
+        """Grades, and anchors if they may be computed meanwhile. An environment that fails or hangs stops every rank together."""
+        rows, texts = [row for row in batch for _ in range(self.group_size)], [rollout.text for rollout in rollouts]
+        needed = self.overlap_grading and (self.beta_in_loss > 0 or self.updates_per_window > 1)
+
+        def meanwhile() -> Anchors | None:
+            lengths = [len(rollout.tokens.completion_ids) for rollout in rollouts]
+            microbatches = cut([i for i, n in enumerate(lengths) if n], lengths, self._most_rows(), self.token_budget)
+            with self.timed("scoring"):
+                return self.anchor_log_probs(self._window(step, batch, rollouts, []), microbatches)
+
+        with self.timed("grading"):
+            outcome, anchors = beside(lambda: self.environment.grade(rows, texts), meanwhile if needed else None, self.grading_timeout_s)
+        error = f"{type(outcome).__name__}: {outcome}" if isinstance(outcome, BaseException) else None
+        errors = {rank: text for rank, text in enumerate(gather_objects(error)) if text}
+        if errors:
+            raise RuntimeError(
+                f"Grading failed at step {step} on rank {min(errors)} ({errors[min(errors)]}); nothing was learnt from this window."
+            ) from (outcome if isinstance(outcome, BaseException) else None)
+        assert not isinstance(outcome, BaseException)
+        return outcome, anchors
+
+    def _refill(self, window: Window, grades: list[Grade]) -> tuple[list[Grade], bool]:
+        """Sample the prompts of groups without signal again, a bounded number of times; every rank takes part in every round.
+
+        A group that stays without signal keeps its first completions. ``window.metrics`` counts rounds, groups that were sampled again
+        and the reward of everything that was sampled, kept or not.
+        """
+        grades, size, any_refilled = list(grades), self.group_size, False
+        drawn = [grade.reward.value for grade in grades]
+        tried = won = 0
+        for attempt in range(1, self.refill_attempts + 1):
+            dead = (~has_signal(window.values, size)).nonzero().flatten().tolist()
+            if not any(gather_objects(len(dead))):
+                break
+            rows = [window.rows[g] for g in dead]
+            rollouts = self._draw(rows, window.step, "refill", attempt)
+            fresh, _ = self._grade(rows, rollouts, window.step)
+            drawn += [grade.reward.value for grade in fresh]
+            values = torch.tensor([grade.reward.value for grade in fresh], dtype=torch.float64)
+            for k, g in enumerate(dead):
+                tried += 1
+                if not bool(has_signal(values[k * size : (k + 1) * size], size)[0]):
+                    continue
+                won, any_refilled = won + 1, True
+                for j in range(size):
+                    window.rollouts[g * size + j] = rollouts[k * size + j]
+                    window.rollouts[g * size + j].slot = self.slot(g)
+                    grades[g * size + j] = fresh[k * size + j]
+                    window.rewards[g * size + j] = fresh[k * size + j].reward
+                    window.values[g * size + j] = values[k * size + j]
+        scored = [value for value in drawn if value == value]
+        window.metrics["refill_accepted"] = (won, tried)
+        window.metrics["reward_mean_before_refill"] = (sum(scored), len(scored))
+        return grades, any_refilled
+
+    def shape_rewards(self, window: Window) -> None:
+        """What the objective does to rewards before advantages: component weights, exclusion, overlong penalty, KL in the reward.
+
+        Components are weighted by what they were when graded; what callbacks did to the values stays on top.
+        """
+        if self.reward_weights:
+            graded = torch.tensor([reward.value for reward in window.rewards], dtype=torch.float64)
+            columns = [[reward.parts.get(name, torch.nan) for reward in window.rewards] for name in self.reward_weights]
+            weights = torch.tensor(list(self.reward_weights.values()), dtype=torch.float64)
+            total = weighted_reward(torch.tensor(columns, dtype=torch.float64).T, weights)
+            if self.reward_mix == "sum":
+                window.values = window.values - graded + total
+        if self.truncated == "exclude":
+            cut_off = torch.tensor([rollout.finish == "length" for rollout in window.rollouts])
+            window.values = torch.where(cut_off, torch.nan, window.values)
+        if self.overlong_buffer:
+            lengths = torch.tensor([len(rollout.tokens.completion_ids) for rollout in window.rollouts])
+            window.values = window.values + overlong_penalty(lengths, self.sampling.max_new_tokens, self.overlong_buffer)
+        if self.kl_estimator == "k1_reward" and self.beta > 0:
+            window.values = window.values - self.beta * self._sampled_kl(window)
+
+    @torch.no_grad()
+    def _sampled_kl(self, window: Window) -> torch.Tensor:
+        """(n,) ``sum_t log pi - log ref`` of every rollout, the k1 estimate of the sequence's divergence, at the sampling weights."""
+        lengths = [len(rollout.tokens.completion_ids) for rollout in window.rollouts]
+        found = torch.zeros(len(lengths), dtype=torch.float64)
+        for indices in cut([i for i, n in enumerate(lengths) if n], lengths, self._most_rows(), self.token_budget):
+            reference = self.reference_log_probs([window.rollouts[i].tokens for i in indices]).double().sum(dim=1).cpu()
+            own = torch.tensor([sum(window.rollouts[i].sampler_log_probs) for i in indices], dtype=torch.float64)
+            found[indices] = own - reference
+        total = float(found.sum())
+        window.metrics["kl"] = (total, float(sum(lengths)))
+        return found
+
+
+def beside(work: Callable[[], T], meanwhile: Callable[[], Any] | None, timeout_s: float | None) -> tuple[T | BaseException, Any]:
+    """Do ``work`` (in a thread, where something else is to be done or a deadline to be kept) and ``meanwhile`` beside it.
+
+    Returns:
+        What ``work`` returned, or the exception it ended with (``TimeoutError`` past the deadline), and what ``meanwhile`` returned.
+    """
+    results: list[T | BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except Exception as error:  # handed to the caller, who stops all ranks with it
+            results.append(error)
+
+    if meanwhile is None and timeout_s is None:
+        run()
+        return results[0], None
+    thread = threading.Thread(target=run, daemon=True, name="grading")
+    thread.start()
+    other = meanwhile() if meanwhile is not None else None
+    thread.join(timeout_s)
+    return (results[0] if results else TimeoutError(f"no grades after {timeout_s} s")), other

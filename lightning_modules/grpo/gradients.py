@@ -1,0 +1,322 @@
+"""From a window with advantages to its gradient, in any number of microbatches, by any of three paths that agree."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from theodolite.distributed import gather_objects, sum_gradients
+from theodolite.functional.importance import MismatchMode, mismatch_log_ratio, mismatch_statistics, mismatch_weights
+from theodolite.functional.policy_loss import WindowTotals, kl_penalty, log_ratio, token_weights
+from theodolite.out_of_memory import is_out_of_memory, release_memory
+from theodolite.protocols import TokenSequence, Verdict, Window
+
+from ..evaluation import add_sums
+from ..policy_module import PolicyModule
+from ..split_prefix import Backbone, SplitPrefix
+from .hooks import call_window_hook
+from .losses import PolicyLoss, TokenBatch
+from .window import counted, cut, foreign, merged, pad_rows, part_of, per_token, prefix_runs
+
+logger = logging.getLogger(__name__)
+Sums = dict[str, tuple[float, float]]
+
+
+@dataclass(slots=True)
+class Anchors:
+    """Log-probabilities without gradient, by rollout index: of the policy before the first update, and of the reference."""
+
+    old: dict[int, Tensor] = field(default_factory=dict)
+    reference: dict[int, Tensor] = field(default_factory=dict)
+
+
+class PolicyGradientModule(PolicyModule):
+    """The gradient of a window. Subclasses sample it and decide its advantages.
+
+    Attributes:
+        policy_loss: Loss per token.
+        mismatch: (mode, low, high) of the correction for the sampler's own distribution; None = only statistics.
+        split_backward: Compute prompts once per window; see :mod:`theodolite.lightning_modules.split_prefix`.
+    """
+
+    policy_loss: PolicyLoss
+    aggregation: str
+    beta: float
+    kl_estimator: str
+    truncated: str
+    zero_variance: str
+    updates_per_window: int
+    reuse_sampler_log_probs: bool
+    mismatch: tuple[MismatchMode, float, float] | None
+    token_budget: int | None
+    backbone: Backbone | None = None
+    _reference: list[Any]
+    _split: SplitPrefix | None = None
+    _halvings: int = 0
+    _row_limit: int | None = None
+
+    # ------------------------------------------------------------------ denominators and microbatches
+
+    def kept(self, window: Window) -> list[bool]:
+        """Which rollouts the objective is made of."""
+        return counted(window, cast(Any, self.truncated), cast(Any, self.zero_variance))
+
+    def totals(self, window: Window) -> WindowTotals:
+        """Global denominators, over every counted rollout of every rank, before the first backward pass."""
+        lengths = [len(r.tokens.completion_ids) for r, kept in zip(window.rollouts, self.kept(window), strict=True) if kept]
+        counts = torch.tensor(gather_objects((sum(lengths), sum(n > 0 for n in lengths), len(lengths)))).sum(dim=0).tolist()
+        return WindowTotals(*counts, max_length=self.sampling.max_new_tokens)
+
+    @property
+    def linear_loss(self) -> bool:
+        """Whether the loss says that it is proportional to the advantage: then advantage 0 is skipped, and siblings are merged."""
+        return bool(getattr(self.policy_loss, "linear", False))
+
+    def merge_repeats(self, window: Window) -> Tensor:
+        """How often each rollout stands for itself and its identical siblings; 0 for those that another stands for.
+
+        On policy the ratio is 1 and the loss is linear in the advantage, so identical completions of a prompt are computed once, with
+        their mean advantage and their number as weight: exactly the same gradient. With several updates per window the clip is not linear
+        and nothing is merged. ``window.advantages`` becomes the mean over siblings.
+        """
+        if self.updates_per_window > 1 or not self.linear_loss or self.mismatch is not None:
+            return torch.ones(len(window.rollouts), dtype=torch.float64)
+        return merged(window, self.kept(window))
+
+    def microbatches(self, window: Window, repeats: Tensor) -> list[list[int]]:
+        """Indices of this rank's rollouts that carry a gradient, part by part, sorted by length and cut into microbatches.
+
+        Without a KL term a rollout with advantage 0 contributes exactly nothing and is left out (the denominators still count it).
+        """
+        kept = self.kept(window)
+        silent = self.linear_loss and self.beta_in_loss == 0
+        by_part: dict[str, list[int]] = {}
+        for i, rollout in enumerate(window.rollouts):
+            if rollout.tokens.completion_ids and repeats[i] > 0 and kept[i] and not (silent and not bool(window.advantages[i].any())):
+                by_part.setdefault(part_of(window, i), []).append(i)
+        lengths = [len(rollout.tokens.completion_ids) for rollout in window.rollouts]
+        return [m for part in sorted(by_part) for m in cut(by_part[part], lengths, self._most_rows(), self.token_budget)]
+
+    def _most_rows(self) -> int | None:
+        """The configured microbatch, or what fitted after memory ran out."""
+        limits = [limit for limit in (self.micro_batch_size, self._row_limit) if limit is not None]
+        return min(limits) if limits else None
+
+    def _most_prompt_tokens(self, prompts: Sequence[tuple[int, ...]]) -> int | None:
+        if not self._halvings:
+            return self.token_budget
+        return max(1, (self.token_budget or len(set(prompts)) * max(map(len, prompts))) >> self._halvings)
+
+    @property
+    def beta_in_loss(self) -> float:
+        """Coefficient of the KL term of the loss; 0 where the penalty is part of the reward."""
+        return 0.0 if self.kl_estimator == "k1_reward" else self.beta
+
+    # ------------------------------------------------------------------ passes without gradient
+
+    @torch.no_grad()
+    def anchor_log_probs(self, window: Window, microbatches: Sequence[Sequence[int]]) -> Anchors:
+        """Log-probabilities before the first update (none when on policy) and of the reference (none at beta 0)."""
+        anchors = Anchors()
+        for indices in microbatches:
+            sequences = [window.rollouts[i].tokens for i in indices]
+            if self.updates_per_window > 1 and not self.reuse_sampler_log_probs:
+                anchors.old |= _rows(indices, sequences, self.completion_log_probs(sequences)[0])
+            if self.beta_in_loss > 0:
+                anchors.reference |= _rows(indices, sequences, self.reference_log_probs(sequences))
+        if self.updates_per_window > 1 and self.reuse_sampler_log_probs:
+            anchors.old = {i: torch.tensor(window.rollouts[i].sampler_log_probs, device=self.device) for m in microbatches for i in m}
+        return anchors
+
+    @torch.no_grad()
+    def reference_log_probs(self, sequences: Sequence[TokenSequence]) -> Tensor:
+        """(B, T) log-probabilities under the reference policy: the adapter switched off, or the frozen copy."""
+        if self.lora is not None:
+            with cast(Any, self.causal_lm).disable_adapter():
+                return self._log_probs(self.causal_lm, sequences)[0]
+        return self._log_probs(self._reference[0].to(self.device), sequences)[0]
+
+    # ------------------------------------------------------------------ gradients
+
+    def window_gradient(
+        self,
+        window: Window,
+        microbatches: Sequence[Sequence[int]],
+        totals: WindowTotals,
+        repeats: Tensor,
+        anchors: Anchors,
+        verdicts: Sequence[Verdict],
+        by_part: bool,
+    ) -> Sums:
+        """The window's gradient in ``p.grad``, summed over ranks; every part alone goes past ``on_part_gradients`` first if wanted."""
+        parameters = self.trainable_parameters()
+        if not by_part:
+            sums = self.accumulate(window, microbatches, totals, repeats, anchors, verdicts)
+            sum_gradients(parameters)
+            return sums
+        own = {part_of(window, i) for i in range(len(window.rollouts))}
+        total: list[Tensor] | None = None
+        found: list[Sums] = []
+        for part in sorted(set().union(*gather_objects(own))):
+            mine = [m for m in microbatches if part_of(window, m[0]) == part]
+            found.append(self.accumulate(window, mine, totals, repeats, anchors, verdicts))
+            sum_gradients(parameters)
+            self._hook("on_part_gradients", window, verdicts, part)
+            grads = [cast(Tensor, p.grad) for p in parameters]
+            total = grads if total is None else [a + b for a, b in zip(total, grads, strict=True)]
+            for parameter in parameters:
+                parameter.grad = None
+        for parameter, gradient in zip(parameters, total or [], strict=bool(total)):
+            parameter.grad = gradient
+        return add_sums(found)
+
+    def accumulate(
+        self,
+        window: Window,
+        microbatches: Sequence[Sequence[int]],
+        totals: WindowTotals,
+        repeats: Tensor | None = None,
+        anchors: Anchors | None = None,
+        verdicts: Sequence[Verdict] = (),
+    ) -> Sums:
+        """Add the window's gradient to ``p.grad``, microbatch by microbatch; local to this rank until summed.
+
+        When memory runs out, what was added is taken back, microbatches are halved (for the rest of the run) and the window is tried
+        again: the objective and its denominators do not know about microbatches.
+
+        Args:
+            window: Rollouts with advantages.
+            microbatches: Lists of rollout indices, in any split.
+            totals: Global denominators.
+            repeats: (n,) weight of each rollout, as :meth:`merge_repeats` returns it; None = 1 each.
+            anchors: As :meth:`anchor_log_probs` returns them; None = on policy, no reference.
+            verdicts: Passed on to callbacks that use the oracle.
+
+        Returns:
+            (sum, count) pairs for logging; ``loss`` is a sum whose count is 0.
+        """
+        before = [(p, None if p.grad is None else p.grad.clone()) for p in self.trainable_parameters()]
+        while True:
+            try:
+                return self._accumulate(window, microbatches, totals, repeats, anchors or Anchors(), verdicts)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or max(map(len, microbatches)) == 1:
+                    raise
+                message = str(error).splitlines()[0]
+            self._split = None
+            for parameter, gradient in before:
+                parameter.grad = gradient if gradient is None else gradient.clone()
+            release_memory()
+            self._halvings += 1
+            microbatches = [half for m in microbatches for half in (m[: -(-len(m) // 2)], m[-(-len(m) // 2) :]) if half]
+            self._row_limit = max(map(len, microbatches))
+            logger.warning("Out of memory (%s): microbatches are halved, the window is tried again.", message)
+
+    def _accumulate(
+        self,
+        window: Window,
+        microbatches: Sequence[Sequence[int]],
+        totals: WindowTotals,
+        repeats: Tensor | None,
+        anchors: Anchors,
+        verdicts: Sequence[Verdict],
+    ) -> Sums:
+        sums: list[Sums] = []
+        prompts = [rollout.tokens.prompt_ids for rollout in window.rollouts]
+        runs = (
+            prefix_runs(microbatches, prompts, self._most_prompt_tokens(prompts))
+            if self.backbone
+            else [([], list(range(len(microbatches))))]
+        )
+        for own_prompts, members in runs:
+            if self.backbone is not None:
+                self._split = SplitPrefix(self.backbone, own_prompts, self.pad_id, self.device, self.sampling.temperature)
+            for k in members:
+                indices = microbatches[k]
+                weights = None if repeats is None else repeats[list(indices)]
+                old, reference = (self._padded(found, window, indices) for found in (anchors.old, anchors.reference))
+                loss, part = self.microbatch_loss(window, indices, totals, weights, old, reference)
+                self._backward(loss)
+                sums.append(part)
+                self._hook("on_microbatch_gradients", window, verdicts, part_of(window, indices[0]))
+            if self._split is not None and members:
+                self._split.finish(self._backward)
+                self._split = None
+                self._hook("on_microbatch_gradients", window, verdicts, part_of(window, microbatches[members[-1]][0]))
+        return add_sums(sums)
+
+    def _backward(self, loss: Tensor) -> None:
+        with self._without_gradient_sync():
+            self.manual_backward(loss)
+
+    def _padded(self, found: dict[int, Tensor], window: Window, indices: Sequence[int]) -> Tensor | None:
+        if not found:
+            return None
+        width = max(1, *(len(window.rollouts[i].tokens.completion_ids) for i in indices))
+        like = torch.zeros(len(indices), width, dtype=found[indices[0]].dtype, device=self.device)
+        return pad_rows([found[i] for i in indices], like)
+
+    def scored(self, sequences: Sequence[TokenSequence]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Differentiable log-probabilities, entropies where they come for free, and mask, all (B, T)."""
+        if self._split is not None:
+            return self._split.score(sequences)
+        log_probs, mask = self.completion_log_probs(sequences)
+        return log_probs, None, mask
+
+    def microbatch_loss(
+        self,
+        window: Window,
+        indices: Sequence[int],
+        totals: WindowTotals,
+        repeats: Tensor | None,
+        old: Tensor | None,
+        reference: Tensor | None,
+    ) -> tuple[Tensor, Sums]:
+        """This microbatch's share of the window's loss, and token-weighted statistics."""
+        rollouts = [window.rollouts[i] for i in indices]
+        log_probs, entropies, mask = self.scored([rollout.tokens for rollout in rollouts])
+        batch = self._token_batch(window, indices, log_probs, mask, old)
+        token_loss, statistics = self.policy_loss(batch)
+        weights = mask if repeats is None else mask * repeats.to(mask)[:, None]
+        gap = mismatch_log_ratio(batch.old_log_probs, batch.sampler_log_probs, mask)
+        if self.mismatch is not None:
+            correction = mismatch_weights(gap, mask, *self.mismatch)
+            token_loss, statistics = token_loss * correction, statistics | {"mismatch_weight": correction}
+        ratio = log_ratio(log_probs, batch.old_log_probs, mask).exp()
+        if old is not None or any(map(foreign, rollouts)):
+            statistics["ratio"] = ratio.detach()
+        if entropies is not None:
+            statistics["entropy"] = entropies
+        if reference is not None:
+            token_loss = token_loss + self.beta * kl_penalty(log_probs, reference, ratio, mask, cast(Any, self.kl_estimator))
+            statistics["kl"] = kl_penalty(log_probs.detach(), reference, ratio, mask, "k3")
+        if window.weights.numel():
+            token_loss = token_loss * per_token(window.weights, indices, mask.shape[1], "weights").to(mask)
+        per_rollout = 1.0 if repeats is None else repeats.to(mask)[:, None]
+        loss = (token_weights(mask, cast(Any, self.aggregation), totals) * per_rollout * token_loss).sum()
+        tokens = float(weights.sum())
+        sums: Sums = {name: (float((value * weights).sum()), tokens) for name, value in statistics.items()}
+        sampled = torch.tensor([[float(not foreign(rollout))] for rollout in rollouts], device=mask.device)
+        return loss, sums | mismatch_statistics(gap, mask, weights * sampled) | {"loss": (float(loss.detach()), 0.0)}
+
+    def _token_batch(self, window: Window, indices: Sequence[int], log_probs: Tensor, mask: Tensor, old: Tensor | None) -> TokenBatch:
+        rollouts = [window.rollouts[i] for i in indices]
+        sampler = pad_rows([rollout.sampler_log_probs for rollout in rollouts], log_probs.detach())
+        own = log_probs.detach() if old is None else old
+        if any(map(foreign, rollouts)):  # what another author assigned is the only true denominator of its ratios
+            own = torch.where(torch.tensor([[foreign(rollout)] for rollout in rollouts], device=mask.device), sampler.to(own), own)
+        advantages = per_token(window.advantages, indices, mask.shape[1], "advantages").to(log_probs)
+        return TokenBatch(log_probs, own, sampler, advantages, mask)
+
+    def _hook(self, name: str, window: Window, verdicts: Sequence[Verdict], *extra: Any) -> None:
+        with self.timed("hooks"):
+            call_window_hook(name, self.trainer, self, window, verdicts, *extra)
+
+
+def _rows(indices: Sequence[int], sequences: Sequence[TokenSequence], values: Tensor) -> dict[int, Tensor]:
+    return {i: values[row, : len(sequence.completion_ids)] for row, (i, sequence) in enumerate(zip(indices, sequences, strict=True))}

@@ -1,0 +1,116 @@
+"""The numbers and tables of a window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from theodolite.distributed import gather_objects
+from theodolite.functional.advantages import has_signal
+from theodolite.protocols import Grade, Verdict, Window
+
+from ..evaluation import add_sums, completion_row, outcome_sums, write_completions
+from .window import foreign
+
+Sums = dict[str, tuple[float, float]]
+
+
+def rollout_sums(window: Window, verdicts: Sequence[Verdict]) -> Sums:
+    """(sum, count) pairs of this rank's rollouts: reward and oracle side by side.
+
+    Everything is of the policy's own rollouts; those of another source appear under that source's name.
+    """
+    own = [i for i, rollout in enumerate(window.rollouts) if not foreign(rollout)]
+    rollouts = [window.rollouts[i] for i in own]
+    outcomes = outcome_sums([Grade(window.rewards[i], verdicts[i]) for i in own], [rollout.finish for rollout in rollouts])
+    scored = [window.rewards[i].value for i in own if window.rewards[i].value == window.rewards[i].value]
+    lengths = [len(r.sampler_log_probs) for r in rollouts]
+    signal = has_signal(window.values, window.group_size)
+    surprise = -sum(sum(r.sampler_log_probs) for r in rollouts)
+    return (
+        {f"{name}_rate": pair for name, pair in outcomes.items()}
+        | {
+            "reward_mean": (sum(scored), len(scored)),
+            "completion_tokens": (sum(lengths), len(lengths)),
+            "entropy_estimate": (surprise, sum(lengths)),
+            "groups_with_signal": (float(signal.sum()), len(signal)),
+        }
+        | _components(window, own)
+        | _sources(window)
+    )
+
+
+def _components(window: Window, own: Sequence[int]) -> Sums:
+    found: Sums = {}
+    for name in sorted({name for i in own for name in window.rewards[i].parts}):
+        values = [value for i in own if (value := window.rewards[i].parts.get(name, float("nan"))) == value]
+        found[f"reward/{name}"] = (sum(values), len(values))
+    return found
+
+
+def _sources(window: Window) -> Sums:
+    others = [i for i, rollout in enumerate(window.rollouts) if foreign(rollout)]
+    found: Sums = {"foreign_fraction": (len(others), len(window.rollouts))} if others else {}
+    for source in sorted({window.rollouts[i].source for i in others}):
+        values = [window.rewards[i].value for i in others if window.rollouts[i].source == source]
+        found[f"{source}/reward_mean"] = (sum(v for v in values if v == v), sum(v == v for v in values))
+        found[f"{source}/rollouts"] = (len(values), 1)
+    return found
+
+
+def log_window(module: Any, sums: Sequence[Sums], lr: float) -> None:
+    """Log a window's numbers over all ranks. Clock readings start with ``time/``: they are no function of config and seed."""
+    totals = add_sums([part for parts in gather_objects(list(sums)) for part in parts])
+    loss, _ = totals.pop("loss", (0.0, 0.0))
+    metrics = {f"train/{name}": total / count if count else float("nan") for name, (total, count) in totals.items()}
+    metrics["train/loss"] = loss / module.updates_per_window
+    metrics["train/lr"] = lr
+    seconds = gather_objects(module.seconds)
+    timings = {phase: max(s.get(phase, 0.0) for s in seconds) for phase in sorted(set().union(*seconds))}
+    metrics |= {f"time/{phase}_s": value for phase, value in timings.items()}
+    tokens = totals.get("completion_tokens", (0.0, 0.0))[0]
+    for name, phases in (("rollout", ("rollouts",)), ("gradient", ("gradients",)), ("window", tuple(timings))):
+        spent = sum(timings.get(phase, 0.0) for phase in phases if phase != "hooks")
+        metrics[f"time/{name}_tokens_per_s"] = tokens / spent if spent > 0 else 0.0
+    module.log_dict(metrics, rank_zero_only=False, sync_dist=False)
+    shown = {"reward": metrics["train/reward_mean"], "hack": metrics["train/hack_rate"], "pass": metrics["train/pass_rate"]}
+    module.log_dict(shown, prog_bar=True, logger=False)
+
+
+def write_table(module: Any, window: Window, verdicts: Sequence[Verdict]) -> None:
+    """Write every rank's rollouts of a window to ``completions/step_XXXXXX.parquet`` and to loggers that take tables.
+
+    Columns are those of an evaluation's table and what training needs to replay a rollout: token ids, sampler log-probabilities, weight
+    version, source, the value after shaping and the advantage.
+    """
+    rows: list[dict[str, Any]] = []
+    for i, rollout in enumerate(window.rollouts):
+        prompt = module.render_prompt(window.rows[i // window.group_size].prompt)
+        grade = Grade(window.rewards[i], verdicts[i])
+        row = completion_row(
+            rollout.problem, rollout.slot, rollout.sample, prompt, rollout.text, rollout.finish, len(rollout.sampler_log_probs), grade
+        )
+        advantage = window.advantages[i]
+        rows.append(
+            row
+            | {"value": float(window.values[i]), "advantage": float(advantage if advantage.ndim == 0 else advantage.mean())}
+            | {"source": rollout.source, "weight_version": rollout.weight_version}
+            | {"prompt_ids": list(rollout.tokens.prompt_ids), "completion_ids": list(rollout.tokens.completion_ids)}
+            | {"sampler_log_probs": list(rollout.sampler_log_probs)}
+            | {f"reward/{name}": value for name, value in rollout_parts(window, i).items()}
+        )
+    gathered = [row for part in gather_objects(rows) for row in part]
+    if module.global_rank != 0 or module.trainer.fast_dev_run:
+        return
+    write_completions(gathered, Path(module.trainer.default_root_dir) / "completions" / f"step_{window.step:06d}.parquet")
+    hidden = ("prompt_ids", "completion_ids", "sampler_log_probs")
+    shown = [{name: value for name, value in row.items() if name not in hidden} for row in gathered]
+    for logger in module.trainer.loggers:
+        if hasattr(logger, "log_table") and shown:
+            logger.log_table("completions", columns=list(shown[0]), data=[list(row.values()) for row in shown], step=window.step)
+
+
+def rollout_parts(window: Window, i: int) -> dict[str, float]:
+    """Named components of one rollout's reward."""
+    return dict(window.rewards[i].parts)

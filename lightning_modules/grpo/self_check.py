@@ -1,0 +1,85 @@
+"""The gradient path in use against the padded one, on a few rollouts of the run itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from theodolite.distributed import gather_objects
+from theodolite.protocols import TokenSequence, Window
+
+from ..scoring import completion_log_probs, pad_sequences
+from ..split_prefix import SplitPrefix
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
+"""Relative deviation of a gradient that summation order may cause; a wrong path is off by about 1."""
+
+
+def check_gradient_path(module: Any, window: Window, indices: Sequence[int]) -> float:
+    """Relative difference between the module's gradient path and the padded path; ``p.grad`` is left as it was.
+
+    All ranks must call it; a rank without rollouts of its own brings none.
+
+    Args:
+        module: A policy-gradient module, before its first backward pass of a window.
+        window: Where the rollouts are.
+        indices: A few of them.
+
+    Returns:
+        ``|g - g_padded| / |g_padded|`` of a weighted sum of log-probabilities in which every token counts differently, the largest of
+        all ranks.
+
+    Raises:
+        RuntimeError: The deviation is more than float noise of the policy's dtype. It is raised on every rank.
+    """
+    sequences = [window.rollouts[i].tokens for i in indices]
+    deviation = max(gather_objects(_deviation(module, sequences) if sequences else 0.0))
+    tolerance = max(TOLERANCES[parameter.dtype] for parameter in module.causal_lm.parameters())
+    if not deviation <= tolerance:
+        raise RuntimeError(
+            f"The fast gradient path deviates from the padded one by {deviation:.1e} (float noise would be below {tolerance:.0e}) for this "
+            "model; set model.split_backward and model.shared_prefix to false."
+        )
+    return deviation
+
+
+def _deviation(module: Any, sequences: Sequence[TokenSequence]) -> float:
+    parameters = module.trainable_parameters()
+    before = [parameter.grad for parameter in parameters]
+    ours, padded = (_gradient(module, parameters, sequences, path) for path in ("used", "padded"))
+    for parameter, gradient in zip(parameters, before, strict=True):
+        parameter.grad = gradient
+    size = float(padded.norm())
+    return float((ours - padded).norm()) / size if size else float(ours.norm())
+
+
+def _gradient(module: Any, parameters: Sequence[torch.nn.Parameter], sequences: Sequence[TokenSequence], path: str) -> Tensor:
+    for parameter in parameters:
+        parameter.grad = None
+    device, temperature = module.device, module.sampling.temperature
+    with module.trainer.precision_plugin.forward_context():
+        if path == "padded":
+            log_probs = completion_log_probs(module.causal_lm, pad_sequences(sequences, module.pad_id, device), temperature)
+            _backward(module, _weighted(log_probs))
+        elif module.backbone is not None:
+            split = SplitPrefix(module.backbone, list(dict.fromkeys(s.prompt_ids for s in sequences)), module.pad_id, device, temperature)
+            _backward(module, _weighted(split.score(sequences)[0]))
+            split.finish(lambda scalar: _backward(module, scalar))
+        else:
+            _backward(module, _weighted(module.completion_log_probs(sequences)[0]))
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    return torch.cat([gradient.flatten().double() for gradient in found])
+
+
+def _backward(module: Any, scalar: Tensor) -> None:
+    with module._without_gradient_sync():
+        module.manual_backward(scalar)
+
+
+def _weighted(log_probs: Tensor) -> Tensor:
+    rows, columns = log_probs.shape
+    weights = torch.linspace(-1, 2, rows, device=log_probs.device)[:, None] + torch.linspace(0, 0.5, columns, device=log_probs.device)
+    return (weights * log_probs).sum()
