@@ -17,14 +17,18 @@ from theodolite.seeds import derive_seed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def check_policy_folder(policy: str) -> None:
+def check_policy_folder(policy: str, key: str = "model.policy") -> None:
     """Refuse a path without a model; what may be a hub id (at most one slash, no leading dot) is left to the hub.
+
+    Args:
+        policy: Hub id or folder.
+        key: Where the config states it, for the message.
 
     Raises:
         ValueError: ``policy`` is a path and holds no ``config.json``.
     """
     if (policy.count("/") > 1 or policy.startswith((".", "/"))) and not (Path(policy) / "config.json").is_file():
-        raise ValueError(f"model.policy is the folder {policy!r}, which holds no config.json: export a policy there, or give a hub id.")
+        raise ValueError(f"{key} is the folder {policy!r}, which holds no config.json: export a model there, or give a hub id.")
 
 
 def load_policy(

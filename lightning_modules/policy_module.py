@@ -26,7 +26,7 @@ from .manual import SCHEDULES, ManualModule
 from .policy import add_lora, check_policy_folder, freeze_all_but, load_policy, load_tokenizer
 from .rollouts import HFRollout, RolloutEngine, Sample
 from .scoring import completion_log_probs, completion_states, pad_sequences, shared_prefix_log_probs, supports_shared_prefix
-from .tokenizer import train_bpe_tokenizer
+from .tokenizer import train_tokenizer
 
 
 class PolicyModule(ManualModule):
@@ -39,7 +39,8 @@ class PolicyModule(ManualModule):
         policy: Hub id or folder, or the fields of a ``transformers`` config for a random initialisation.
         revision: Hub revision of the policy and its tokenizer.
         tokenizer: Hub id or folder of the tokenizer; null = the policy's own.
-        train_tokenizer: Arguments of ``train_bpe_tokenizer`` (``vocab_size``, ``boundaries``): train one on the datamodule's corpus.
+        train_tokenizer: Train one on the datamodule's corpus: arguments of ``train_bpe_tokenizer`` (``vocab_size``, ``boundaries``), or
+            ``kind: words`` and those of ``train_word_tokenizer``.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         lora: Fields of ``peft.LoraConfig`` (``r``, ``lora_alpha``, ``target_modules``); null = no adapter.
         trainable: Patterns of parameter names to train, e.g. ``*.layers.*_proj.weight``; null = all (with ``lora``: the adapter).
@@ -154,7 +155,7 @@ class PolicyModule(ManualModule):
         corpus = getattr(self._datamodule(), "corpus", None)
         if corpus is None:
             raise ValueError("model.train_tokenizer needs a datamodule with a corpus; use one that offers it, or name a model.tokenizer.")
-        return train_bpe_tokenizer(corpus(), **self.train_tokenizer)
+        return train_tokenizer(corpus(), **self.train_tokenizer)
 
     @property
     def causal_lm(self) -> nn.Module:

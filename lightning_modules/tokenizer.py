@@ -1,14 +1,16 @@
-"""Trains a small byte-level BPE tokenizer on the spot, for models that are trained from scratch."""
+"""Tokenizers made on the spot, for models that are trained from scratch: byte-level BPE, or one token per word."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 END_TOKEN = "<eos>"
 PAD_TOKEN = "<pad>"
+UNKNOWN_TOKEN = "<unk>"
 
 
 def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int, boundaries: Sequence[str] = ("\n",)) -> PreTrainedTokenizerFast:
@@ -47,6 +49,44 @@ def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int, boundaries: Seque
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_TOKEN, pad_token=PAD_TOKEN, clean_up_tokenization_spaces=False, padding_side="left"
     )
+
+
+def train_word_tokenizer(texts: Iterable[str], markers: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """One token per word, words being separated by blanks. For worlds with a closed vocabulary.
+
+    Args:
+        texts: Training texts; their order does not matter.
+        markers: Further special tokens, e.g. the place where an activation goes.
+
+    Returns:
+        A tokenizer with ``<eos>``, ``<pad>``, ``<unk>`` (any word that the texts do not hold) and the markers.
+    """
+    words = sorted({word for text in texts for word in text.split()})
+    special = [PAD_TOKEN, END_TOKEN, UNKNOWN_TOKEN, *markers]
+    vocabulary = {word: i for i, word in enumerate([*special, *(word for word in words if word not in special)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_TOKEN,
+        pad_token=PAD_TOKEN,
+        unk_token=UNKNOWN_TOKEN,
+        additional_special_tokens=list(markers),
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def train_tokenizer(texts: Iterable[str], kind: str = "bpe", **settings: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of ``kind`` ``bpe`` (:func:`train_bpe_tokenizer`) or ``words`` (:func:`train_word_tokenizer`).
+
+    Raises:
+        ValueError: For another kind.
+    """
+    makers = {"bpe": train_bpe_tokenizer, "words": train_word_tokenizer}
+    if kind not in makers:
+        raise ValueError(f"model.train_tokenizer.kind is {kind!r}; choose one of {', '.join(makers)}.")
+    return makers[kind](texts, **settings)
 
 
 def _escape(text: str) -> str:

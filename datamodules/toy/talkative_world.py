@@ -7,6 +7,7 @@ language model after a word is about that word, and about facts that the grammar
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ NAMES = [
 ]
 CONJUNCTIONS = ["then", "often", "soon", "now"]
 ORDINALS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+MAX_LENGTH = 60
 FIELDS = ("word", "previous", "topic", "character", "mood", "sentence")
 """What a caption can say, in this order: the word at the position, the one before it, the document's topic, the sentence's character,
 the document's mood, the sentence's number."""
@@ -95,27 +97,23 @@ class ToyWorld:
     Args:
         seed: Names an unlimited sequence of documents.
         length: Words per document; the last sentence may be cut off.
+
+    Raises:
+        ValueError: If the length is more than ten sentences always have.
     """
 
     def __init__(self, seed: int = 0, length: int = 40) -> None:
+        if not 1 <= length <= MAX_LENGTH:
+            raise ValueError(f"A toy document has 1 to {MAX_LENGTH} words, got length {length}.")
         self.seed, self.length = seed, length
 
     def document(self, number: int) -> ToyDocument:
         """The ``number``-th document."""
-        rng = random.Random(derive_seed("toy world", self.seed, number))
-        topic, mood, (main, second) = rng.choice(list(TOPICS)), rng.choice(list(MOODS)), rng.sample(NAMES, 2)
-        words: list[str] = []
-        facts: list[tuple[str, ...]] = []
-        for sentence in ORDINALS:
-            character = main if rng.random() < 0.7 else second
-            for word in _sentence(rng, character, topic, mood):
-                facts.append((word, words[-1] if words else ".", topic, character, mood, sentence))
-                words.append(word)
-        return ToyDocument(tuple(words[: self.length]), tuple(facts[: self.length]))
+        return _document(self.seed, self.length, number)
 
     def caption(self, number: int, position: int, fields: Sequence[str]) -> str:
         """The facts of one word of one document, blank between them."""
-        facts = dict(zip(FIELDS, self.document(number).facts[position], strict=True))
+        facts: dict[str, str] = dict(zip(FIELDS, _document(self.seed, self.length, number).facts[position], strict=True))
         return " ".join(facts[field] for field in fields)
 
     def identity(self) -> dict[str, Any]:
@@ -128,6 +126,20 @@ def vocabulary() -> list[str]:
     topical = [word for lists in TOPICS.values() for text in lists for word in text.split()]
     moody = [word for text in MOODS.values() for word in text.split()]
     return sorted({*topical, *moody, *TOPICS, *MOODS, *NAMES, *CONJUNCTIONS, *ORDINALS, "the", "in", "."})
+
+
+@functools.lru_cache(maxsize=16384)
+def _document(seed: int, length: int, number: int) -> ToyDocument:
+    rng = random.Random(derive_seed("toy world", seed, number))
+    topic, mood, (main, second) = rng.choice(list(TOPICS)), rng.choice(list(MOODS)), rng.sample(NAMES, 2)
+    words: list[str] = []
+    facts: list[tuple[str, ...]] = []
+    for sentence in ORDINALS:
+        character = main if rng.random() < 0.7 else second
+        for word in _sentence(rng, character, topic, mood):
+            facts.append((word, words[-1] if words else ".", topic, character, mood, sentence))
+            words.append(word)
+    return ToyDocument(tuple(words[:length]), tuple(facts[:length]))
 
 
 def _sentence(rng: random.Random, character: str, topic: str, mood: str) -> Iterator[str]:
