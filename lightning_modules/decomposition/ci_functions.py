@@ -41,6 +41,7 @@ class LayerFunction(nn.Module):
         super().__init__()
         self.kind = kind
         count, d_in = components.count, components.V.shape[0]
+        self.count = count
         if kind != "mlp" and components.embedding:
             raise ValueError(f"{kind} reads vectors, but an embedding is given ids; use the layerwise fn_type mlp for it.")
         widths = {"mlp": [1, *hidden_dims, 1], "vector_mlp": [d_in, *hidden_dims, 1], "shared_mlp": [d_in, *hidden_dims, count]}[kind]
@@ -48,9 +49,11 @@ class LayerFunction(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., C) logits from component activations (..., C) (``mlp``) or from the module's input (..., d_in)."""
-        if self.kind == "mlp":
-            return self.layers(inputs[..., None])[..., 0]
-        return self.layers(inputs) if self.kind == "shared_mlp" else self.layers(inputs[..., None, :])[..., 0]
+        if self.kind == "shared_mlp":
+            return self.layers(inputs)
+        rows = inputs.flatten(0, -2)
+        maps = rows.T[..., None] if self.kind == "mlp" else rows.expand(self.count, -1, -1)
+        return self.layers(maps)[..., 0].T.unflatten(0, inputs.shape[:-1])
 
 
 class GlobalSharedMLP(nn.Module):

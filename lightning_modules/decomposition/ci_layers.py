@@ -50,16 +50,8 @@ class ParallelAffine(nn.Module):
         self.b = nn.Parameter(torch.zeros(count, d_out))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(..., C, in) to (..., C, out), or with one input for all (..., 1, in)."""
-        count, d_in, d_out = self.W.shape
-        if d_in == 1:
-            return torch.addcmul(self.b, inputs, self.W[:, 0, :])
-        if d_out == 1:
-            return (inputs * self.W[:, :, 0]).sum(dim=-1, keepdim=True) + self.b
-        if inputs.shape[-2] == 1 != count:
-            flat = F.linear(inputs[..., 0, :], self.W.permute(0, 2, 1).reshape(count * d_out, d_in), self.b.reshape(-1))
-            return flat.unflatten(-1, (count, d_out))
-        return torch.einsum("...ci,cio->...co", inputs, self.W) + self.b
+        """(C, N, in) to (C, N, out): with the maps in front both directions are batched products, and nothing (N, C, in, out) is made."""
+        return torch.baddbmm(self.b[:, None, :], inputs, self.W)
 
 
 def mlp_layers(widths: Sequence[int], count: int | None = None) -> list[nn.Module]:
