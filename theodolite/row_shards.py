@@ -87,7 +87,7 @@ class RowShards:
         self.folder = Path(root) / content_hash(self.key)[:20]
         self.rows_per_shard = rows_per_shard
         self._verified: dict[Path, tuple[int, int]] = {}
-        self._open: dict[tuple[int, str], np.ndarray] = {}
+        self._open: dict[tuple[int, str], Any] = {}
         if (self.folder / MANIFEST).is_file():
             self._adopt(json.loads((self.folder / MANIFEST).read_text()))
 
@@ -164,9 +164,9 @@ class RowShards:
             return self._open[shard, name]
         self._verify(shard)
         path = self._path(shard, name)
-        if self.fields[name].dtype == "json":
-            return json.loads(path.read_text())
-        self._open[shard, name] = np.load(path, mmap_mode="r", allow_pickle=False)
+        is_json = self.fields[name].dtype == "json"
+        # training asks for a few rows of many shards at every step: parsing a column each time would cost more than the step
+        self._open[shard, name] = json.loads(path.read_text()) if is_json else np.load(path, mmap_mode="r", allow_pickle=False)
         return self._open[shard, name]
 
     def tensor(self, name: str, rows: Sequence[int] | range | slice | Tensor) -> Tensor:
