@@ -219,7 +219,9 @@ class TranscoderModule(ManualModule):
         coder.count_tokens(moments.count, counts > 0)
         if step.threshold is not None:
             coder.threshold_state.copy_(update_mean(coder.threshold_state, step.threshold, self.threshold_decay))
-        self._log_step(step, moments, counts, optimizer.param_groups[0]["lr"])
+        every = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+        if every and self.trainer.global_step % every == 0:  # making numbers that nobody reads would cost a tenth of a small step
+            self._log_step(step, moments, counts, optimizer.param_groups[0]["lr"])
         cast(Any, self.lr_schedulers()).step()
 
     def _loss_settings(self) -> LossSettings:
@@ -251,7 +253,7 @@ class TranscoderModule(ManualModule):
             "lr": torch.tensor(lr),
         }
         if self.coder.activation == "batchtopk":
-            values["threshold"] = self.coder.threshold
+            values["threshold"] = self.coder.threshold[0]
         shown = {f"train/{name}": value.float() for name, value in values.items()}
         self.log_dict(shown, rank_zero_only=False, sync_dist=False)
         self.log("fvu", fvu[-1].float(), prog_bar=True, logger=False, rank_zero_only=False, sync_dist=False)

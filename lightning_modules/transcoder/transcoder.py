@@ -52,7 +52,7 @@ class Transcoder(nn.Module):
     Attributes:
         prefixes: (G,) int64 ends of the prefixes.
         threshold_state: (2,) float64 state of the running threshold of ``batchtopk``.
-        calibrated_threshold: Scalar float64, NaN until :meth:`calibrate`.
+        calibrated_threshold: (M,) float32, NaN until :meth:`calibrate`.
         tokens_since_active: (M,) int64 tokens seen since each latent was last active.
         initialised: Scalar boolean: units and biases have been set from data.
     """
@@ -79,7 +79,7 @@ class Transcoder(nn.Module):
         self.threshold_state: Tensor
         self.register_buffer("threshold_state", torch.zeros(2, dtype=torch.float64))
         self.calibrated_threshold: Tensor
-        self.register_buffer("calibrated_threshold", torch.tensor(math.nan, dtype=torch.float64))
+        self.register_buffer("calibrated_threshold", torch.full((latents,), math.nan))
         self.tokens_since_active: Tensor
         self.register_buffer("tokens_since_active", torch.zeros(latents, dtype=torch.int64))
         self.initialised: Tensor
@@ -122,11 +122,18 @@ class Transcoder(nn.Module):
         return codes.with_values(torch.where(codes.values > 0, codes.values / norms, 0))
 
     @property
+    def calibrated(self) -> bool:
+        """Whether the inference threshold has been fixed."""
+        return not bool(self.calibrated_threshold.isnan().any())
+
+    @property
     def threshold(self) -> Tensor:
-        """What a score must exceed at inference: (M,) for ``jumprelu``, else a float64 scalar, calibrated if it has been."""
+        """(M,) what a score must exceed at inference: calibrated, else what ``jumprelu`` learnt, else the running mean."""
+        if self.calibrated:
+            return self.calibrated_threshold
         if self.log_threshold is not None:
             return self.log_threshold.detach().exp()
-        return torch.where(self.calibrated_threshold.isnan(), mean_of(self.threshold_state), self.calibrated_threshold)
+        return mean_of(self.threshold_state).to(self.W_enc.dtype).expand(self.latents)
 
     @torch.no_grad()
     def encode(self, inputs: Tensor) -> SparseCodes:
@@ -192,9 +199,9 @@ class Transcoder(nn.Module):
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
 
     @torch.no_grad()
-    def calibrate(self, threshold: float) -> None:
-        """Fix the inference threshold of ``batchtopk`` or ``topk``; NaN goes back to the running one."""
-        self.calibrated_threshold.fill_(threshold)
+    def calibrate(self, threshold: float | Tensor) -> None:
+        """Fix the inference threshold, one for all latents or (M,); NaN goes back to the running or learnt one."""
+        self.calibrated_threshold.copy_(torch.as_tensor(threshold))
 
 
 def check_settings(d_in: int, d_out: int, latents: int, k: int, activation: str, decoder_norm: str, init: str) -> None:
