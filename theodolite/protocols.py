@@ -398,29 +398,9 @@ class ActivationBatch(TypedDict):
     row: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class ActivationUnits:
-    """How to bring activations to a common scale: ``(x - mean) * scale``, separately for the two sites.
-
-    Attributes:
-        input_mean: (d_in,) float32.
-        input_scale: Scalar float32.
-        target_mean: (d_out,) float32.
-        target_scale: Scalar float32.
-    """
-
-    input_mean: Tensor
-    input_scale: Tensor
-    target_mean: Tensor
-    target_scale: Tensor
-
-
 @runtime_checkable
 class ActivationSource(Protocol):
-    """A datamodule that yields :class:`ActivationBatch`.
-
-    All of it is known after its ``setup``; sizes and sites already after its constructor.
-    """
+    """A datamodule that yields :class:`ActivationBatch`; sizes and sites are known after its constructor."""
 
     input_site: Any
     """:class:`theodolite.sites.ActivationSite` of ``input``."""
@@ -430,13 +410,13 @@ class ActivationSource(Protocol):
     """Rows per training batch over all ranks."""
 
     @property
-    def widths(self) -> tuple[int, int]:
-        """``(d_in, d_out)``, from the model's config: no weights are loaded for it."""
+    def input_width(self) -> int:
+        """d_in, from the model's config: no weights are loaded for it."""
         ...
 
     @property
-    def units(self) -> ActivationUnits:
-        """Measured on the first rows of the training stream, the same on every rank; means 0 and scales 1 where that is off."""
+    def target_width(self) -> int:
+        """d_out, likewise."""
         ...
 
     @property
