@@ -15,7 +15,8 @@ from .attention import AttentionPatterns
 from .decomposition import Decomposition, Prepared
 from .ground_truth import ComponentRecovery, IdentityCIError
 from .measures import CIL0, CEAndKL, ComponentDensity, Measure, SubsetCEAndKL, Sums, ratios
-from .objectives import OBJECTIVES, BatchObjective, Faithfulness, ImportanceMinimality, Objective, WholeBatchObjective, build_entry
+from .objectives import BatchObjective, Faithfulness, ImportanceMinimality, Objective, WholeBatchObjective
+from .registry import OBJECTIVES, build_entry
 from .step import StepBatch, global_sums, look_at, microbatches
 from .targets.build import Target
 

@@ -111,8 +111,8 @@ class ComponentDensity:
 class CEAndKL:
     """Cross-entropy of the next token and KL to the target under six maskings of all modules.
 
-    ``ci``, ``unmasked``, ``stoch`` (with the delta where the decomposition uses it), ``random`` (uniform masks), ``rounded`` (importances above
-    the threshold), ``zero``. ``ce_unrecovered`` is 0 where the target's cross-entropy is reached, and 1 where it is that of ``zero``.
+    ``ci``, ``unmasked``, ``stoch`` (with the delta where the decomposition uses it), ``random`` (uniform masks), ``rounded`` (1 for
+    importances above the threshold), ``zero``. ``ce_unrecovered`` is 0 where the target's cross-entropy is reached, and 1 where it is that of ``zero``.
 
     Attributes:
         rounding_threshold: Above which a rounded mask is 1.

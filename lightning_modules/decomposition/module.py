@@ -37,7 +37,8 @@ from theodolite.seeds import run_seed
 from .component_model import ComponentModel
 from .decomposition import Decomposition, Prepared, input_tensor
 from .evaluation import Evaluation, build_measures
-from .objectives import OBJECTIVES, Objective, WholeBatchObjective, build_entry
+from .objectives import Objective, WholeBatchObjective
+from .registry import OBJECTIVES, build_entry
 from .step import StepBatch, microbatches, step_gradients
 from .targets.build import Target, build_target, check_target
 

@@ -7,13 +7,12 @@ A configuration is a list of dictionaries: ``{name: stochastic_recon, scope: lay
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from theodolite.config_layers import closest
 from theodolite.functional.component_masks import ComponentMask, stochastic_masks
 from theodolite.functional.decomposition_losses import annealed_power, faithfulness, hidden_acts_sums, importance_sums
 
@@ -250,34 +249,3 @@ def hidden_acts(parts: Decomposition, prepared: Prepared, masks: Mapping[str, Co
 def total_of(by_module: Mapping[str, tuple[Tensor, int]]) -> tuple[Tensor, int]:
     """Sum of sums and of counts."""
     return torch.stack([value for value, _ in by_module.values()]).sum(), sum(count for _, count in by_module.values())
-
-
-OBJECTIVES: dict[str, type[Objective]] = {
-    kind.name: kind
-    for kind in (
-        Faithfulness,
-        ImportanceMinimality,
-        UnmaskedRecon,
-        CIMaskedRecon,
-        StochasticRecon,
-        StochasticHiddenActsRecon,
-        CIHiddenActsRecon,
-    )
-}
-
-
-def build_entry(spec: Mapping[str, Any], registry: Mapping[str, type[Any]], where: str) -> Any:
-    """An entry of a configured list: the registered class of its ``name``, with its other keys as fields.
-
-    Raises:
-        ValueError: One sentence about an unknown name or key, or a value that the class refuses.
-    """
-    name = spec.get("name")
-    if name not in registry:
-        raise ValueError(f"{where}: there is no {name!r}{closest(str(name), registry)}.")
-    kind = registry[str(name)]
-    allowed = [item.name for item in fields(kind) if item.init]
-    for key in spec:
-        if key != "name" and key not in allowed:
-            raise ValueError(f"{where}: {name} has no key {key!r}{closest(key, allowed)}.")
-    return kind(**{key: value for key, value in spec.items() if key != "name"})

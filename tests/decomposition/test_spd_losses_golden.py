@@ -20,6 +20,7 @@ from spd_components import SPDFixture, folders, largest_error, own_name  # pyrig
 
 from theodolite.functional.component_masks import ComponentMask, routing_of_ranks, static_routing
 from theodolite.functional.decomposition_losses import importance_minimality
+from theodolite.lightning_modules.decomposition.attacked import PGDRecon
 from theodolite.lightning_modules.decomposition.decomposition import Decomposition, Prepared
 from theodolite.lightning_modules.decomposition.draws import Draws, Routing
 from theodolite.lightning_modules.decomposition.ground_truth import IdentityCIError, one_hot_importances
@@ -126,11 +127,12 @@ def objective_of(spd: SPDFixture, key: str) -> tuple[Any, RecordedDraws, Decompo
         "ci_masked_recon": lambda: CIMaskedRecon(scope=scope),
         "stochastic_recon": lambda: StochasticRecon(scope=scope, samples=len(samples)),
         "stochastic_hidden_acts_recon": lambda: StochasticHiddenActsRecon(samples=len(samples)),
+        "pgd_recon": lambda: PGDRecon(scope=scope, **{k: entry[k] for k in ("init", "step_size", "n_steps", "mask_scope")}),
     }
     return makers[base](), draws, parts
 
 
-RECON = ("unmasked_recon", "ci_masked_recon", "stochastic_recon", "stochastic_hidden_acts_recon")
+RECON = ("pgd_recon", "unmasked_recon", "ci_masked_recon", "stochastic_recon", "stochastic_hidden_acts_recon")
 
 
 def test_reconstruction_losses_and_their_gradients(spd: SPDFixture) -> None:
@@ -138,7 +140,10 @@ def test_reconstruction_losses_and_their_gradients(spd: SPDFixture) -> None:
     assert len(keys) > 10
     for key in keys:
         objective, draws, parts = objective_of(spd, key)
-        total, count = objective.sums(parts, parts.look(spd.batch("lm")), draws)
+        prepared = parts.look(spd.batch("lm"))
+        if isinstance(objective, PGDRecon):
+            objective.begin(parts, [(prepared.detached(), draws)], 0, training=True)
+        total, count = objective.sums(parts, prepared, draws)
         assert (total / count).item() == pytest.approx(spd.scalar(key), rel=spd.tolerance), key
         check_gradients(spd, parts, total / count, key)
 

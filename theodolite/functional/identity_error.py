@@ -33,7 +33,7 @@ def dense_order(importance: Tensor) -> Tensor:
 
 
 def identity_error(importance: Tensor, tolerance: float = 0.1) -> int:
-    """Entries of a permuted (features, C) matrix that are not the identity's: above ``tolerance`` off the diagonal, or below 1 - it on it."""
+    """Entries of a permuted (features, C) matrix that are not the identity's: above ``tolerance`` off it, or below 1 - ``tolerance`` on it."""
     ordered = importance[:, identity_order(importance).to(importance.device)]
     size = min(ordered.shape)
     diagonal = torch.zeros_like(ordered, dtype=torch.bool)
@@ -59,7 +59,8 @@ def recovery(weight: Tensor, read: Tensor, write: Tensor, names: str = "rows") -
         weight: (d_in, d_out).
         read: V (d_in, C).
         write: U (C, d_out).
-        names: ``rows``: the direction of input i is ``weight[i]`` and component c carries ``V[i, c] U[c]`` of it; ``columns``: the transpose.
+        names: ``rows``: the direction of input i is ``weight[i]``, and component c carries ``V[i, c] U[c]`` of it; ``columns``: the
+            transpose.
 
     Returns:
         (largest cosine similarity, ratio of the norm of that component's part to the direction's), one per direction: (n,), (n,).
