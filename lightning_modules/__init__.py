@@ -3,5 +3,6 @@
 from .decomposition import DecompositionModule
 from .grpo import GRPOModule
 from .sft import SFTModule
+from .transcoder import TranscoderModule
 
-__all__ = ["DecompositionModule", "GRPOModule", "SFTModule"]
+__all__ = ["DecompositionModule", "GRPOModule", "SFTModule", "TranscoderModule"]

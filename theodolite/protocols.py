@@ -454,3 +454,19 @@ class ActivationTables(Protocol):
     def table(self, split: str) -> ActivationTable:
         """The rows of a split; made first, by all ranks together, where they are not on disk yet. All ranks must call it."""
         ...
+
+
+@runtime_checkable
+class NestedCoder(Protocol):
+    """A sparse coder with nested prefixes, as evaluations see it (:class:`theodolite.lightning_modules.transcoder.Transcoder`)."""
+
+    prefixes: Tensor
+    """(G,) int64 ends of the prefixes, the last one all latents."""
+
+    def __call__(self, inputs: Tensor, prefix: int | None = None) -> Tensor:
+        """(..., d_in) raw inputs to (..., d_out) reconstructions by one of the prefixes (None = all latents), without gradient."""
+        ...
+
+    def encode(self, inputs: Tensor) -> Any:
+        """:class:`theodolite.functional.sparse_codes.SparseCodes` of (N, d_in) raw inputs, by the inference rule."""
+        ...
