@@ -23,9 +23,11 @@ from programs import ATTACKS  # noqa: E402  # pyright: ignore[reportMissingImpor
 NOBODY = 65534
 
 
-def outcome(prefix: list[str], tier: str = "auto") -> dict[str, Any]:
+def outcome(prefix: list[str], tier: str = "auto", every: int = 1) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": "/"}
-    done = subprocess.run([*prefix, sys.executable, str(SCRIPT), tier], capture_output=True, text=True, timeout=240, env=environment)
+    done = subprocess.run(
+        [*prefix, sys.executable, str(SCRIPT), tier, str(every)], capture_output=True, text=True, timeout=500, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -41,7 +43,7 @@ def as_nobody() -> list[str]:
 
 
 def test_the_suite_is_large_and_covers_every_class():
-    assert len(ATTACKS) >= 200
+    assert len(ATTACKS) >= 500
     wanted = "loophole innocent claim forgery liar names walk state exit time memory output machine poison text"
     assert {attack.kind for attack in ATTACKS.values()} == set(wanted.split())
 
@@ -53,8 +55,8 @@ def test_no_attack_succeeds_on_this_machines_best_tier(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_attack_succeeds_for_an_unprivileged_user():
-    result = outcome(as_nobody())
+def test_no_attack_of_every_fourth_succeeds_for_an_unprivileged_user():
+    result = outcome(as_nobody(), every=4)  # all of them on every tier: the slow test below
     assert result["wrong"] == []
     assert result["uid"] == NOBODY
 

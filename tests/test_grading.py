@@ -584,3 +584,31 @@ def test_real_problems_grade_their_references_correct_and_a_wrong_type_incorrect
 @pytest.mark.slow
 def test_all_real_problems_grade_their_references_correct_and_a_wrong_type_incorrect():
     check_real(real_problems())
+
+
+def test_problems_that_share_an_id_do_not_share_grades(grader):
+    program = "    return x + x\n"
+    doubled = Problem(id="same", prompt="", entry="f", tests=(TestCase((3,), {}, 6),), reference=program, code_prefix="def f(x):\n")
+    squared = replace(doubled, tests=(TestCase((3,), {}, 9),), reference="    return x * x\n")
+    assert [report.grade.verdict.correct for report in grader.report([doubled, squared], [program, program])] == [True, False]
+
+
+def test_the_default_limits_leave_time_for_the_slowest_real_problems():
+    assert Grader().provenance["limits"]["cpu_s"] == 10.0
+
+
+def test_a_liar_inside_a_container_is_tampering(grader):
+    liar = "class E:\n    __eq__ = lambda a, b: True\n    __hash__ = None\n"
+    problem = Problem(id="list", prompt="", entry="f", tests=(TestCase((3,), {}, [6]),), reference="def f(x): return [6]", style="fenced")
+    report = grader.report([problem], [f"```python\n{liar}def f(x):\n    return [{{1: E()}}]\n```"])[0]
+    assert (report.grade.verdict.label, report.grade.verdict.status) == ("incorrect", "tamper")
+
+
+@pytest.mark.parametrize("depth", [97, 98, 99, 150])
+def test_a_test_nested_too_deep_to_be_carried_is_refused_when_it_is_parsed(depth):
+    value = "[" * depth + "]" * depth
+    if depth < 99:
+        assert strict_equal(parse_assert(f"assert f(x={value}) == {value}").expected, parse_assert(f"assert f() == {value}").expected)
+    else:
+        with pytest.raises(ValueError, match="nested more than 98 deep"):
+            parse_assert(f"assert f(x=[{value}]) == 1")

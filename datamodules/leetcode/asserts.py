@@ -59,23 +59,25 @@ def _comparison(source: str) -> ast.Compare:
     return test
 
 
-def _literal(node: ast.expr) -> Any:
+def _literal(node: ast.expr, depth: int = 0) -> Any:
+    if depth > _MAX_DEPTH - 2:  # the call and its list of arguments are two more
+        raise ValueError(f"a value nested more than {_MAX_DEPTH - 2} deep")
     if isinstance(node, ast.Constant) and node.value is not Ellipsis and not isinstance(node.value, complex):
         return node.value
     if isinstance(node, ast.Name) and node.id in _NAMES:
         return _NAMES[node.id]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        value = _literal(node.operand)
+        value = _literal(node.operand, depth)
         if type(value) in (int, float):
             return -value if isinstance(node.op, ast.USub) else value
     if isinstance(node, ast.List):
-        return [_literal(e) for e in node.elts]
+        return [_literal(e, depth + 1) for e in node.elts]
     if isinstance(node, ast.Tuple):
-        return tuple(_literal(e) for e in node.elts)
+        return tuple(_literal(e, depth + 1) for e in node.elts)
     if isinstance(node, ast.Set):
-        return {_literal(e) for e in node.elts}
+        return {_literal(e, depth + 1) for e in node.elts}
     if isinstance(node, ast.Dict) and None not in node.keys:
-        return {_literal(k): _literal(v) for k, v in zip(node.keys, node.values, strict=True) if k is not None}
+        return {_literal(k, depth + 1): _literal(v, depth + 1) for k, v in zip(node.keys, node.values, strict=True) if k is not None}
     if isinstance(node, ast.Call):
         return _special_float(node)
     if isinstance(node, ast.Attribute) and ast.unparse(node) in ("math.inf", "math.nan"):

@@ -16,7 +16,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from .graded import SLOW_LIMITS, GradedDataModule, make_grader
+from .graded import GradedDataModule, make_grader
+from .grading import DEFAULT_LIMITS
 from .mini import check_n_ops
 from .open_source import HUB_PREFIX, check_settings, open_source
 from .sources import ProblemDataset, ProblemSource, count_problems
@@ -89,7 +90,7 @@ class LeetCodeDataModule(GradedDataModule):
             limits,
             reward_passed,
             reward_compiles,
-            default_limits=None if problems == "mini" else SLOW_LIMITS,
+            default_limits=None if problems == "mini" else DEFAULT_LIMITS,
             reward_includes=reward_includes,
             tier=sandbox,
             unfenced=unfenced,

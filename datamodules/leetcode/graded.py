@@ -22,9 +22,6 @@ from .sources import ProblemDataset, ProblemSource, count_problems
 
 Batch = TypeVar("Batch")
 
-SLOW_LIMITS = Limits(cpu_s=10.0, wall_s=60.0)
-"""For real problems unless the user says otherwise: honest solutions of some take 2.5 s for all their tests."""
-
 
 def make_grader(
     workers: int,
@@ -41,7 +38,7 @@ def make_grader(
         limits: Limits by name; what is not named keeps its default.
         reward_passed: See :class:`Grader`.
         reward_compiles: See :class:`Grader`.
-        default_limits: In force when ``limits`` is ``None``; ``None`` = the sandbox's.
+        default_limits: In force when ``limits`` is ``None``; ``None`` = the sandbox's, which suit toy problems.
         more: Further arguments of :class:`Grader`.
 
     Raises:
@@ -51,7 +48,7 @@ def make_grader(
     for name in limits or {}:
         if name not in names:
             raise ValueError(f"limits has no key {name!r}; choose among {', '.join(names)}.")
-    return Grader(workers, Limits(**limits) if limits else default_limits, reward_passed, reward_compiles, **more)
+    return Grader(workers, Limits(**limits) if limits else default_limits or Limits(), reward_passed, reward_compiles, **more)
 
 
 def _as_is(batch: Batch) -> Batch:

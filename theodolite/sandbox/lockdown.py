@@ -117,7 +117,7 @@ class Jail:
 
     def measure(self) -> None:
         """Note the server's own address space, on top of which a child's memory limit counts."""
-        with open("/proc/self/statm", encoding="ascii") as statm:
+        with open("/proc/self/statm", "rb") as statm:
             self._own_bytes = int(statm.read().split()[0]) * resource.getpagesize()
 
     def die_with_parent(self, parent: int) -> None:

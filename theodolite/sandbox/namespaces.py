@@ -23,8 +23,8 @@ def enter(libc: ctypes.CDLL) -> None:
     uid, gid, outside = os.getuid(), os.getgid(), os.getpid()
     if libc.unshare(_NEW_USER | _NEW_MOUNT | _NEW_UTS | _NEW_IPC | _NEW_PID | _NEW_NET):
         raise OSError(ctypes.get_errno(), "unshare of user, mount, network, IPC, UTS and process namespaces is refused")
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-        with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
+    for name, text in (("setgroups", b"deny"), ("uid_map", b"%d %d 1" % (uid, uid)), ("gid_map", b"%d %d 1" % (gid, gid))):
+        with open(f"/proc/self/{name}", "wb") as file:  # bytes: a text codec may have to be imported, from files out of reach by now
             file.write(text)
     watch = os.pidfd_open(outside)
     inner = os.fork()

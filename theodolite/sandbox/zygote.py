@@ -87,16 +87,18 @@ def main() -> None:
     if settings["cpu"] is not None:
         os.sched_setaffinity(0, {settings["cpu"]})
     _import_all(FULL_MODULES if settings["modules"] == "full" else LEAN_MODULES)
-    if settings["tier"] == "namespaces":
+    parts = {name: _sibling(name) for name in ("codec", "landlock", "lockdown", "runner")}
+    if settings["tier"] == "namespaces":  # all is imported: whoever may read the interpreter here may not be allowed to in there
         _sibling("namespaces").enter(ctypes.CDLL(None, use_errno=True))
     control, parent = _reserve_low_descriptors(settings["control"], settings["parent"])
-    server = _Server(socket.socket(fileno=control), parent, settings)
+    server = _Server(socket.socket(fileno=control), parent, settings, parts)
     for _ in range(20):
         server.rehearse()
     server.confine(settings["reading"])
     random.seed(0)  # a verdict must not depend on luck
     gc.collect()
     gc.freeze()  # a collection in a child would otherwise write to (and copy) every page
+    os.dup2(0, 2)  # until here it said what went wrong
     server.control.send(json.dumps({"landlock": server.landlock}).encode())
     server.serve()
 
@@ -110,13 +112,13 @@ def _import_all(names: tuple[str, ...]) -> None:
 
 
 def _reserve_low_descriptors(*wanted: int) -> list[int]:
-    """Put /dev/null on 0-4, so that a passed descriptor never lands there, the wanted ones right above, and close all others."""
+    """Put /dev/null on 0-4 but 2, so that a passed descriptor never lands there, the wanted ones right above, and close all others."""
     aside = max(ANSWER_FD + len(wanted), *wanted) + 1
     for place, descriptor in enumerate(wanted):
         os.dup2(descriptor, aside + place, inheritable=False)
     null = os.open(os.devnull, os.O_RDWR)
     for low in range(ANSWER_FD + 1):
-        if low != null:
+        if low not in (2, null):
             os.dup2(null, low)
     moved = [ANSWER_FD + 1 + place for place in range(len(wanted))]
     for place, descriptor in enumerate(moved):
@@ -126,11 +128,11 @@ def _reserve_low_descriptors(*wanted: int) -> list[int]:
 
 
 class _Server:
-    def __init__(self, control: socket.socket, parent: int, settings: dict[str, Any]) -> None:
+    def __init__(self, control: socket.socket, parent: int, settings: dict[str, Any], parts: dict[str, Any]) -> None:
         self.control = control
-        self.codec, self.runner = _sibling("codec"), _sibling("runner")
+        self.codec, self.runner, self._landlock = parts["codec"], parts["runner"], parts["landlock"]
         self.confined = settings["tier"] != "unsafe"
-        self.jail: Any = _sibling("lockdown").Jail(filtered=self.confined, reading=bool(settings["reading"]))
+        self.jail: Any = parts["lockdown"].Jail(filtered=self.confined, reading=bool(settings["reading"]))
         # The C library's fork instead of os.fork: no thread exists here, so Python's after-fork repairs (a third of a job's cost) are void.
         self.fork = ctypes.PyDLL(None).fork
         self.parent = parent
@@ -146,8 +148,7 @@ class _Server:
         self.jail.confine_server()
         if not self.confined:
             return
-        landlock, libc = _sibling("landlock"), ctypes.CDLL(None, use_errno=True)
-        self.landlock = landlock.restrict_self(libc, reading)
+        self.landlock = self._landlock.restrict_self(ctypes.CDLL(None, use_errno=True), reading)
         if reading and not self.landlock:
             raise OSError("programs may only read files behind Landlock, which this kernel lacks")
 
