@@ -5,9 +5,11 @@ from typing import Any
 from theodolite.callbacks.activation_probe import ActivationProbe
 from theodolite.callbacks.direction_checks import DirectionChecks
 from theodolite.callbacks.direction_sources import DirectionSource, GradientDifference, HaarRandom
+from theodolite.callbacks.fvu import FVUCallback
 from theodolite.callbacks.gradient_projection import GradientProjectionCallback
 from theodolite.callbacks.live_direction import LiveGradientDifference
 from theodolite.callbacks.oracle import OraclePenalty, OracleScreening
+from theodolite.callbacks.pgd_recon_loss import PGDReconLossCallback
 from theodolite.callbacks.rebound import ReboundCallback
 from theodolite.callbacks.residual_direction import ResidualDifference
 from theodolite.callbacks.rollout_features import RolloutFeatures
