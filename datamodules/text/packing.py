@@ -17,7 +17,7 @@ from ..activations.documents import Document
 from .byte_tokenizer import TextTokenizer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: jsonargparse reads defaults with vars()
 class Packing:
     """How documents become rows.
 
