@@ -47,6 +47,7 @@ class TextWindow:
         sampler_log_probs: (R * G, T).
         rewards: (R * G,) float64.
         advantages: (R * G,) float64.
+        repeats: (R * G,) how many texts of its group each stands for; all 1 before :meth:`merged`.
     """
 
     activations: Tensor
@@ -57,6 +58,22 @@ class TextWindow:
     sampler_log_probs: Tensor
     rewards: Tensor
     advantages: Tensor
+    repeats: Tensor
+
+    def merged(self) -> TextWindow:
+        """The distinct texts of every group, each with its number and the mean advantage of its copies.
+
+        On policy the loss is linear in the advantage, so the gradient is exactly that of all texts.
+        """
+        lengths = self.mask.sum(dim=1, keepdim=True).long()
+        keys = torch.cat([self.index[:, None], lengths, self.ids], dim=1).cpu()
+        _, group, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
+        total = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, group, self.advantages)
+        first = torch.full((len(counts),), len(group)).scatter_reduce_(0, group, torch.arange(len(group)), "amin")
+        at = first.to(self.ids.device)
+        texts = [self.texts[i] for i in first.tolist()]
+        parts = (self.index[at], self.ids[at], self.mask[at], texts, self.sampler_log_probs[at])
+        return TextWindow(self.activations, *parts, self.rewards[first], total / counts, counts.double())
 
 
 class TalkativeGRPO(TalkativeModule):
@@ -118,6 +135,7 @@ class TalkativeGRPO(TalkativeModule):
         window = self.collect(rows)
         totals = self.totals(window)
         sums = [self.window_sums(window)]
+        window = window.merged()
         with self.timed("gradients"):
             for part in self.microbatches(len(window.index)):
                 loss, found = self.microbatch_loss(window, part, totals)
@@ -142,7 +160,8 @@ class TalkativeGRPO(TalkativeModule):
         mask = (steps < decoded.lengths[:, None]).float()
         log_probs = decoded.log_probs.to(self.device)
         advantages = self.global_advantages(rewards)
-        return TextWindow(activations, index, decoded.ids.to(self.device), mask.to(self.device), texts, log_probs, rewards, advantages)
+        ids, once = decoded.ids.to(self.device), torch.ones_like(rewards)
+        return TextWindow(activations, index, ids, mask.to(self.device), texts, log_probs, rewards, advantages, once)
 
     @torch.no_grad()
     def rewards(self, texts: Sequence[str], activations: Tensor) -> Tensor:
@@ -182,20 +201,23 @@ class TalkativeGRPO(TalkativeModule):
             token_loss = token_loss + self.beta * kl_penalty(log_probs, reference_log_probs, ratio, mask, self.kl_estimator)
             terms["kl"] = kl_penalty(log_probs.detach(), reference_log_probs, ratio, mask, "k3")
         extra, more = self.regularisers(self, logits, activations, index, ids, mask)
-        policy = (token_weights(mask, self.aggregation, totals) * (token_loss + extra)).sum()
-        tokens = float(mask.sum())
-        sums: Sums = {name: (float((value * mask).sum()), tokens) for name, value in (terms | more).items()}
-        reading = self.reconstructor_loss(window.texts[part], activations[index]) if self.train_reconstructor else policy.new_zeros(())
+        repeats = window.repeats[part].to(log_probs)
+        policy = (token_weights(mask, self.aggregation, totals) * repeats[:, None] * (token_loss + extra)).sum()
+        weights = mask * repeats[:, None]
+        sums: Sums = {name: (float((value * weights).sum()), float(weights.sum())) for name, value in (terms | more).items()}
+        reading = policy.new_zeros(())
+        if self.train_reconstructor:
+            reading = self.reconstructor_loss(window.texts[part], activations[index], repeats)
         losses = {"policy_loss": policy, "reconstructor_loss": reading, "loss": policy + reading}
         return policy + reading, sums | {name: (float(value.detach()), 0.0) for name, value in losses.items()}
 
-    def reconstructor_loss(self, texts: Sequence[str], activations: Tensor) -> Tensor:
-        """This microbatch's share of the mean error over all usable texts of the window."""
+    def reconstructor_loss(self, texts: Sequence[str], activations: Tensor, repeats: Tensor) -> Tensor:
+        """This microbatch's share of the mean error over all usable texts of the window; each text weighs ``repeats`` (B,)."""
         usable = [i for i, text in enumerate(texts) if text]
         if not usable:
             return activations.new_zeros(())
         read = self.in_loop(*self.in_loop.encode([texts[i] for i in usable]))
-        return self.row_errors(read, activations[usable]).sum() / max(self._readable, 1.0)
+        return (self.row_errors(read, activations[usable]) * repeats[usable]).sum() / max(self._readable, 1.0)
 
     def window_sums(self, window: TextWindow) -> Sums:
         """(sum, count) pairs of this rank's texts."""
