@@ -11,7 +11,7 @@ PYTEST := $(RUN) -m pytest
 FAST := not slow and not gpu and not peers and not vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm venv-peers bench-projection bench-grading demo wheel
+.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm venv-peers bench-projection bench-grading bench-grpo demo wheel
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ bench-projection: setup ## cost of a projection per optimizer step; JSON=FILE ke
 
 bench-grading: setup ## cost of grading beside one interpreter per execution; JSON=FILE keeps the numbers, PROBLEMS=FILE.jsonl
 	@$(RUN) benchmarks/grading.py $(if $(JSON),--json $(JSON)) $(if $(PROBLEMS),--problems $(PROBLEMS))
+
+bench-grpo: setup venv-peers ## a GRPO step beside TRL's; JSON=FILE keeps the numbers
+	@OMP_NUM_THREADS=1 .venv-peers/bin/python benchmarks/grpo_vs_trl.py $(if $(JSON),--json $(JSON))
 
 test-vllm: setup ## tests that need vLLM
 	@$(PIP) -c constraints.txt -e ".[dev,vllm]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoding import Prefix, Sampling, decode, evaluation_mode, uniform_streams
+from .merged_adapter import merged_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +71,11 @@ class HFRollout:
 
     Args:
         max_rows: Most completions decoded at once; more are decoded in turns. Bounds memory, changes nothing else.
+        merge_adapter: Fold a LoRA adapter into its base meanwhile; see :func:`~.merged_adapter.merged_adapter`.
     """
 
-    def __init__(self, max_rows: int = 4096) -> None:
-        self.max_rows = max_rows
+    def __init__(self, max_rows: int = 4096, merge_adapter: bool = False) -> None:
+        self.max_rows, self.merge_adapter = max_rows, merge_adapter
         self._model: nn.Module | None = None
         self._end_ids: frozenset[int] = frozenset()
         self._pad_id = 0
@@ -108,8 +111,9 @@ class HFRollout:
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts came with {len(seeds)} lists of seeds; each prompt needs one.")
         samples: list[list[Sample]] = []
-        for start, stop in _turns([len(s) for s in seeds], self.max_rows):
-            samples += self._decode(prompts[start:stop], sampling, seeds[start:stop])
+        with merged_adapter(self._model) if self.merge_adapter else nullcontext():
+            for start, stop in _turns([len(s) for s in seeds], self.max_rows):
+                samples += self._decode(prompts[start:stop], sampling, seeds[start:stop])
         return samples
 
     @torch.no_grad()
