@@ -86,7 +86,8 @@ class Decomposition(nn.Module):
         self.model = model
         self.ci_fn = ImportanceFunction(model, ci_fn)
         self.lower_of, self.upper_of = sigmoid_pair(sigmoid)
-        self.binomial, self.use_delta, self.output_loss = sampling == "binomial", use_delta, output_loss
+        self.binomial, self.use_delta = sampling == "binomial", use_delta
+        self.output_loss: ReconKind = output_loss
 
     def initialise(self, seed: int) -> None:
         """Draw components and causal-importance functions."""
@@ -169,4 +170,4 @@ def input_tensor(batch: Any) -> Tensor:
 
 def _jittered(logits: Mapping[str, Tensor], jitter: Tensor) -> dict[str, Tensor]:
     columns = jitter.split([z.shape[-1] for z in logits.values()], dim=-1)
-    return {name: jittered_logits(z, column) for (name, z), column in zip(logits.items(), columns, strict=True)}
+    return {name: jittered_logits(z, column.to(z.dtype)) for (name, z), column in zip(logits.items(), columns, strict=True)}

@@ -16,6 +16,7 @@ from .decomposition import Decomposition, Prepared
 from .ground_truth import ComponentRecovery, IdentityCIError
 from .measures import CIL0, CEAndKL, ComponentDensity, Measure, SubsetCEAndKL, Sums, ratios
 from .objectives import BatchObjective, Faithfulness, ImportanceMinimality, Objective, WholeBatchObjective
+from .persistent_pgd import PersistentPGDEval
 from .registry import OBJECTIVES, build_entry
 from .step import StepBatch, global_sums, look_at, microbatches
 from .targets.build import Target
@@ -36,7 +37,8 @@ class OnceMeasure(Protocol):
 
 
 MEASURES: dict[str, type[Any]] = {
-    kind.name: kind for kind in (CIL0, ComponentDensity, CEAndKL, SubsetCEAndKL, AttentionPatterns, IdentityCIError, ComponentRecovery)
+    kind.name: kind
+    for kind in (CIL0, ComponentDensity, CEAndKL, SubsetCEAndKL, AttentionPatterns, IdentityCIError, ComponentRecovery, PersistentPGDEval)
 }
 
 AnyMeasure = Objective | Measure | OnceMeasure

@@ -112,7 +112,8 @@ class CEAndKL:
     """Cross-entropy of the next token and KL to the target under six maskings of all modules.
 
     ``ci``, ``unmasked``, ``stoch`` (with the delta where the decomposition uses it), ``random`` (uniform masks), ``rounded`` (1 for
-    importances above the threshold), ``zero``. ``ce_unrecovered`` is 0 where the target's cross-entropy is reached, and 1 where it is that of ``zero``.
+    importances above the threshold), ``zero``. ``ce_unrecovered`` is 0 where the target's cross-entropy is reached, and 1 where it is
+    that of ``zero``.
 
     Attributes:
         rounding_threshold: Above which a rounded mask is 1.
@@ -141,7 +142,8 @@ class CEAndKL:
     def random_masks(self, parts: Decomposition, prepared: Prepared, draws: Draws) -> dict[str, ComponentMask]:
         """Uniform masks without delta."""
         sizes = list(parts.model.counts.values())
-        columns = draws.uniform((*prepared.leading[1:], sum(sizes)), "random masks").split(sizes, dim=-1)
+        drawn = draws.uniform((*prepared.leading[1:], sum(sizes)), "random masks")
+        columns = drawn.to(next(iter(prepared.lower.values())).dtype).split(sizes, dim=-1)
         return {name: ComponentMask(column) for name, column in zip(parts.names, columns, strict=True)}
 
     def update(self, parts: Decomposition, prepared: Prepared, draws: Draws) -> Sums:

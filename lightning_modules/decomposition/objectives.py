@@ -108,7 +108,7 @@ class ImportanceMinimality(Objective):
         """The exponent at a fraction of training."""
         return annealed_power(fraction, self.pnorm, self.p_anneal_final_p, self.p_anneal_start_frac, self.p_anneal_end_frac)
 
-    def sums(self, upper: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
+    def component_sums(self, upper: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
         """Sums over a batch's positions, by module (C,)."""
         return importance_sums(upper, self.power(fraction), self.eps)
 

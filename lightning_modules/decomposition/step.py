@@ -143,14 +143,14 @@ class _Minimality:
 
     def surrogate(self, objective: ImportanceMinimality, live: Prepared, fraction: float) -> Tensor:
         """A linear function of the microbatch's sums with the loss's gradient."""
-        sums = objective.sums(live.upper, fraction)
+        sums = objective.component_sums(live.upper, fraction)
         return torch.stack([(self.weights[name].to(s.dtype) * s).sum() for name, s in sums.items()]).sum()
 
 
 def global_sums(objective: ImportanceMinimality, seen: Sequence[Prepared], fraction: float) -> tuple[dict[str, Tensor], int]:
     """Sums of importances over the microbatches of all ranks in float64, and the number of positions. A collective."""
     with torch.no_grad():
-        each = [objective.sums(prepared.upper, fraction) for prepared in seen]
+        each = [objective.component_sums(prepared.upper, fraction) for prepared in seen]
         names = list(each[0])
         flat = torch.stack([torch.cat([sums[name].to(torch.float64) for name in names]) for sums in each]).sum(dim=0)
         positions = flat.new_tensor([sum(prepared.positions for prepared in seen)])

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from theodolite.functional.component_masks import ComponentMask
 from theodolite.lightning_modules.decomposition.ci_functions import ImportanceFunction
 from theodolite.lightning_modules.decomposition.component_model import ComponentModel
-from theodolite.lightning_modules.decomposition.targets.llama_simple_mlp import LlamaSimpleMLP
+from theodolite.lightning_modules.decomposition.targets.llama_simple_mlp import Attention, LlamaSimpleMLP
 
 DEFAULT = Path(__file__).parents[3] / "shared" / "golden" / "spd_components"
 VARIABLE = "SPD_COMPONENTS_DIRS"
@@ -97,7 +97,7 @@ class SPDFixture:
         weights = self.tensors("lm/target/")
         target.load_state_dict(weights | {tied: weights[source] for tied, source in self.settings["tied"].items()})
         for block in target.h:
-            assert isinstance(block.attn, nn.Module)
+            assert isinstance(block.attn, Attention)
             assert torch.allclose(block.attn.rotary.to(self.dtype), tables[:, : s["n_ctx"]], atol=1e-6)
             block.attn.rotary = tables
         return target

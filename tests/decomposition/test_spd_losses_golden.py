@@ -120,7 +120,7 @@ def objective_of(spd: SPDFixture, key: str) -> tuple[Any, RecordedDraws, Decompo
     draws = RecordedDraws(spd, parts.names, samples, entry.get("routing_sets", []))
     if "component_noise" in entry:
         draws.__dict__["component"] = entry["component_noise"]
-    scope = next((s for s in ("layerwise", "subset") if name.endswith(s)), "all")
+    scope: Any = next((s for s in ("layerwise", "subset") if name.endswith(s)), "all")
     base = name.removesuffix(f"_{scope}")
     makers: dict[str, Any] = {
         "unmasked_recon": lambda: UnmaskedRecon(),
@@ -172,7 +172,7 @@ def test_importance_minimality_and_its_gradients(spd: SPDFixture) -> None:
         if "p_used" in entry:
             assert objective.power(fraction) == pytest.approx(entry["p_used"], rel=1e-12)
         copies = entry.get("world_size", 1)  # as many ranks with the same rows
-        sums = {name: s * copies for name, s in objective.sums(prepared.upper, fraction).items()}
+        sums = {name: s * copies for name, s in objective.component_sums(prepared.upper, fraction).items()}
         value = importance_minimality(sums, prepared.positions * copies, objective.beta)
         assert value.item() == pytest.approx(spd.scalar(key), rel=spd.tolerance), key
         if copies == 1:
@@ -185,7 +185,7 @@ def test_totals_with_other_importance_functions_and_all_gradients(spd: SPDFixtur
         prepared = parts.look(spd.batch("emb"))
         total, count = StochasticRecon().sums(parts, prepared, RecordedDraws(spd, parts.names, [0]))
         minimal = ImportanceMinimality(pnorm=0.9, beta=1.0, eps=1e-6)
-        penalty = importance_minimality(minimal.sums(prepared.upper, 0.0), prepared.positions, 1.0)
+        penalty = importance_minimality(minimal.component_sums(prepared.upper, 0.0), prepared.positions, 1.0)
         value = total / count + 0.01 * penalty + 0.5 * Faithfulness().value(parts)
         for name, found in (("stochastic_recon", total / count), ("importance_minimality", penalty), ("total", value)):
             assert found.item() == pytest.approx(spd.scalar(key, name), rel=spd.tolerance), f"{key} {name}"
@@ -246,7 +246,7 @@ def test_evaluated_importance_minimality_of_all_batches_as_one(spd: SPDFixture) 
     for key in [key for key in spd.values if key.startswith("eval/ImportanceMinimalityLoss/")]:
         objective = minimality_of(spd.values[key])
         prepared = parts.prepare(torch.cat([spd.batch("lm", batch) for batch in spd.values[key]["batches"]]))
-        value = importance_minimality(objective.sums(prepared.upper, 0.0), prepared.positions, objective.beta)
+        value = importance_minimality(objective.component_sums(prepared.upper, 0.0), prepared.positions, objective.beta)
         assert value.item() == pytest.approx(spd.scalar(key), rel=spd.tolerance), key
 
 

@@ -57,6 +57,7 @@ def stochastic_masks(
         routing: See :class:`ComponentMask`, by module.
     """
     sizes = [importance.shape[-1] for importance in importances.values()]
+    noise = noise.to(next(iter(importances.values())).dtype)
     columns = noise[..., : sum(sizes)].split(sizes, dim=-1)
     masks: dict[str, ComponentMask] = {}
     for index, ((name, importance), column) in enumerate(zip(importances.items(), columns, strict=True)):

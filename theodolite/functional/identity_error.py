@@ -33,7 +33,7 @@ def dense_order(importance: Tensor) -> Tensor:
 
 
 def identity_error(importance: Tensor, tolerance: float = 0.1) -> int:
-    """Entries of a permuted (features, C) matrix that are not the identity's: above ``tolerance`` off it, or below 1 - ``tolerance`` on it."""
+    """Entries of a permuted (features, C) matrix that are not the identity's: off it above ``tolerance``, on it below 1 - ``tolerance``."""
     ordered = importance[:, identity_order(importance).to(importance.device)]
     size = min(ordered.shape)
     diagonal = torch.zeros_like(ordered, dtype=torch.bool)

@@ -51,8 +51,8 @@ def build_target(spec: Mapping[str, Any], seed: int) -> Target:
     Args:
         spec: ``kind`` and the fields of that kind: ``tms`` (``n_features``, ``n_hidden``, ``n_identity``), ``resid_mlp`` (``n_features``,
             ``d_embed``, ``d_mlp``, ``n_layers``), ``induction`` (``vocabulary``, ``width``, ``length``, ``n_layers``), each with
-            :data:`TRAINING`'s keys; ``llama_simple_mlp`` (its arguments, and ``weights``: a safetensors file, else random); ``hf`` (``model``,
-            ``revision``).
+            :data:`TRAINING`'s keys; ``llama_simple_mlp`` (its arguments, and ``weights``: a safetensors file, else random); ``hf``
+            (``model``, ``revision``).
         seed: Of training and random weights.
 
     Raises:

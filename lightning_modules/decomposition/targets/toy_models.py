@@ -48,7 +48,7 @@ class TMS(nn.Module):
 
     def trained(self) -> list[nn.Parameter]:
         """Parameters of training."""
-        return [self.linear1.weight, self.linear2.bias]
+        return [p for name, p in self.named_parameters() if name in ("linear1.weight", "linear2.bias")]
 
     def forward(self, features: Tensor) -> Tensor:
         """Reconstructed features."""
