@@ -470,3 +470,20 @@ class NestedCoder(Protocol):
     def encode(self, inputs: Tensor) -> Any:
         """:class:`theodolite.functional.sparse_codes.SparseCodes` of (N, d_in) raw inputs, by the inference rule."""
         ...
+
+
+@runtime_checkable
+class ComponentView(Protocol):
+    """A decomposition whose components and causal importances can be looked at."""
+
+    def importances(self, batch: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """By module, (lower causal importances, logits), each (..., C), without graph."""
+        ...
+
+    def component_matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """By module, V (d_in, C) and U (C, d_out), without graph."""
+        ...
+
+    def one_hot_batch(self) -> Tensor | None:
+        """Inputs with one active feature each (features, features); None where inputs are not features."""
+        ...
