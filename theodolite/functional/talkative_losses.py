@@ -62,15 +62,14 @@ def kl_to_reference(reference_logits: Tensor, logits: Tensor) -> Tensor:
     Returns:
         (B, T), not negative up to rounding.
     """
-    reference, log_probs = _log_softmax(reference_logits), _log_softmax(logits)
-    terms = reference.exp() * (reference - log_probs)
-    return torch.where(reference.isinf(), 0.0, terms).sum(-1)
+    reference = _log_softmax(reference_logits)
+    return (reference.exp() * (_finite(reference) - _finite(_log_softmax(logits)))).sum(-1)
 
 
 def token_entropy(logits: Tensor) -> Tensor:
     """Entropy of every token's distribution in nats: (B, T, V) -> (B, T). Forbidden tokens (minus infinity) contribute nothing."""
     log_probs = _log_softmax(logits)
-    return -torch.where(log_probs.isinf(), 0.0, log_probs.exp() * log_probs).sum(-1)
+    return -(log_probs.exp() * _finite(log_probs)).sum(-1)
 
 
 def gumbel_noise(uniforms: Tensor) -> Tensor:
@@ -101,3 +100,8 @@ def straight_through_gumbel(logits: Tensor, noise: Tensor, tau: float) -> Tensor
 
 def _log_softmax(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+
+
+def _finite(log_probs: Tensor) -> Tensor:
+    """0 for minus infinity *before* anything is multiplied with it: 0 times infinity would be NaN in the gradient."""
+    return torch.where(log_probs.isinf(), 0.0, log_probs)
