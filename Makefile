@@ -11,7 +11,7 @@ PYTEST := $(RUN) -m pytest
 FAST := not slow and not gpu and not peers and not vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm venv-peers bench-projection bench-grading bench-grpo demo wheel
+.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm venv-peers bench-projection bench-grading bench-grpo demo demo-decomposition wheel
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ test-vllm: setup ## tests that need vLLM
 
 demo: setup ## the study from warm start to report on 2 cores, in under 10 minutes: runs/demo/report/index.html
 	@$(RUN) -m theodolite.demo --out runs/demo
+
+demo-decomposition: setup ## decompose a toy model and attack it, in under 5 minutes on 2 cores: runs/demo-decomposition/report/index.html
+	@$(RUN) -m theodolite.decomposition_demo --out runs/demo-decomposition
 
 wheel: setup ## build the wheel into dist/, test it outside of the repository, check who imports whom
 	@$(RUN) tests/wheel/check_wheel.py --out dist

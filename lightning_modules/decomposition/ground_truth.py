@@ -23,8 +23,12 @@ ONE_HOT = 0.75
 
 def one_hot_importances(parts: Decomposition, features: int) -> dict[str, Tensor]:
     """Lower importances (features, C) of inputs with one active feature each, by module."""
-    probe = ONE_HOT * torch.eye(features, device=parts.device, dtype=parts.model.component_parameters()[0].dtype)
-    return parts.prepare(probe).lower
+    return parts.prepare(one_hot_probe(parts, features)).lower
+
+
+def one_hot_probe(parts: Decomposition, features: int) -> Tensor:
+    """(features, features) inputs with one active feature each."""
+    return ONE_HOT * torch.eye(features, device=parts.device, dtype=parts.model.component_parameters()[0].dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

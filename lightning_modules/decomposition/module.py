@@ -37,7 +37,9 @@ from theodolite.seeds import run_seed
 from .component_model import ComponentModel
 from .decomposition import Decomposition, Prepared, input_tensor
 from .evaluation import Evaluation, build_measures
+from .ground_truth import one_hot_probe
 from .objectives import Objective, WholeBatchObjective
+from .persistent_pgd import PersistentPGDEval, PersistentPGDRecon
 from .registry import OBJECTIVES, build_entry
 from .step import StepBatch, microbatches, step_gradients
 from .targets.build import Target, build_target, check_target
@@ -116,6 +118,9 @@ class DecompositionModule(L.LightningModule):
         self.objectives: list[Objective] = [build_entry(spec, OBJECTIVES, "model.losses") for spec in losses]
         _check_objectives(self.objectives)
         self.measures = build_measures(metrics)
+        for measure in self.measures:
+            if isinstance(measure, PersistentPGDEval):
+                measure.bind(self.objectives)
         schedule_factor(0, 1, schedule)
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.schedule, self.warmup_fraction, self.final_lr_fraction = schedule, warmup_fraction, final_lr_fraction
@@ -170,6 +175,22 @@ class DecompositionModule(L.LightningModule):
         """Summed loss under sources, and its count."""
         return self.decomposition.loss_sum(prepared, sources)
 
+    # ------------------------------------------------------------------ ComponentView
+
+    def importances(self, batch: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """By module, lower causal importances and logits (..., C)."""
+        prepared = self.prepare(batch)
+        return {name: (lower, prepared.logits[name]) for name, lower in prepared.lower.items()}
+
+    def component_matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """By module, V (d_in, C) and U (C, d_out)."""
+        return {n: (s.components.V.detach(), s.components.U.detach()) for n, s in self.decomposition.model.sites.items()}
+
+    def one_hot_batch(self) -> Tensor | None:
+        """Inputs with one active feature each; None where the target reads tokens."""
+        features = None if self.target is None else self.target.features
+        return None if features is None else one_hot_probe(self.decomposition, features)
+
     # ------------------------------------------------------------------ training
 
     def on_fit_start(self) -> None:
@@ -181,6 +202,9 @@ class DecompositionModule(L.LightningModule):
             raise TypeError("The datamodule does not say global_batch_size, the number of rows per optimizer step over all ranks.")
         if self.trainer.max_steps < 1:
             raise ValueError("trainer.max_steps must be set: schedules and annealing are fractions of it.")
+        for objective in self.objectives:
+            if isinstance(objective, PersistentPGDRecon):
+                objective.plan(self.trainer.max_steps)
         self.batch_arithmetic = split_batch(size, self.trainer.world_size, micro=self.micro_batch_size)
 
     def on_train_start(self) -> None:
