@@ -19,6 +19,7 @@ from .objectives import (
     StochasticRecon,
     UnmaskedRecon,
 )
+from .persistent_pgd import PersistentPGDRecon
 
 OBJECTIVES: dict[str, type[Objective]] = {
     kind.name: kind
@@ -32,6 +33,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
         CIHiddenActsRecon,
         PGDRecon,
         PGDHiddenActsRecon,
+        PersistentPGDRecon,
     )
 }
 
