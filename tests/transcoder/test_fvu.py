@@ -17,6 +17,7 @@ from torchmetrics.regression import R2Score
 from theodolite.functional.fvu import fraction_of_variance_unexplained, median_token_fvu
 from theodolite.functional.row_sample import sample_keys
 from theodolite.metrics import FractionOfVarianceUnexplained
+from theodolite.metrics.counted_fvu import CountedFvu
 
 
 def rows(n: int = 200, d: int = 7, offset: float = 0.0, scale: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -281,6 +282,14 @@ def distributed_rank(rank: int, world: int, port: str) -> None:
             unequal.update(target[mine], reconstruction[mine], position=torch.arange(200)[mine] % 4)
         assert abs(float(unequal.compute()) / reference(target, reconstruction) - 1) < 1e-10
         assert bool(unequal.per_position().isfinite().all())
+    window, resumed = CountedFvu(), CountedFvu()
+    window.add(target[rank::2], reconstruction[rank::2], torch.ones(100, dtype=torch.bool))
+    saved = window.joined_state()
+    assert int(window.metric.fvu_count.sum()) == 100, "saving leaves the local sums as they were"
+    if rank == 0:
+        resumed.load(saved)
+    for key, value in window.values().items():
+        assert abs(float(value - resumed.values()[key])) <= 1e-10 * abs(float(value)), key
     nothing = FractionOfVarianceUnexplained()
     assert torch.isnan(nothing.compute())
     torch.distributed.destroy_process_group()
