@@ -1,0 +1,1 @@
+"""Best-of-K of talkative autoencoders in resumable stages: candidates, scores, curves."""

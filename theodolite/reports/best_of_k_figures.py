@@ -1,0 +1,131 @@
+"""Figures of best-of-K sweeps, from result files: FVE against K with bands and controls for one run, one line per run for several."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+from theodolite.reports.figures import INKS, Theme, _own_style, _save
+
+SELECTED, HELD_OUT = ("#0072b2", "#4ba3dc"), (("#d55e00", "#f0742a"), ("#009e73", "#1fbf92"), ("#cc79a7", "#dc8fb9"))
+ENSEMBLE = ("#e69f00", "#e69f00")
+RUNS = (SELECTED, *HELD_OUT, ENSEMBLE, ("#7b5cc4", "#a68bea"), ("#56b4e9", "#8fd0f5"))
+"""Colours on light and on dark (Okabe and Ito)."""
+Result = Mapping[str, Any]
+
+
+def draw_run(axes: Axes, result: Result, theme: Theme) -> None:
+    """One run: selected and held-out curves with bands, the mean of K reconstructions, greedy, and the controls' place below."""
+    at, ks, curves = int(theme == "dark"), result["k_values"], result["curves"]
+    selecting, held_out = result["run"]["selecting_reconstructor"], result["run"]["held_out_reconstructors"]
+    _line(axes, ks, curves[f"best_of_k.{selecting}"]["fve"], SELECTED[at], f"best of K, scored by the one that selects ({selecting})")
+    for colour, name in zip(HELD_OUT, held_out, strict=False):
+        _line(axes, ks, curves[f"best_of_k.{name}"]["fve"], colour[at], f"same texts, scored by {name} (held out)", "s")
+    _line(axes, ks, curves["mean_of_k"]["fve"], ENSEMBLE[at], "mean of K reconstructions", "^", dashes=(0, (4, 2)))
+    greedy = curves[f"greedy.{selecting}"]["fve"]["value"][0]
+    if greedy is not None:
+        axes.axhline(greedy, color=INKS[theme].text, linewidth=1.0, linestyle=(0, (1, 2)), label="greedy text")
+    axes.set_title(f"Variance explained against K ({_size(result)})")
+    _k_axis(axes, ks)
+
+
+def draw_controls(axes: Axes, result: Result, theme: Theme) -> None:
+    """The same selection applied to texts about other documents: what choosing alone can do."""
+    at, ks, curves = int(theme == "dark"), result["k_values"], result["curves"]
+    axes.axhline(0.0, color=INKS[theme].text, linewidth=0.8)
+    axes.set_title("Controls: texts about other documents (0 = predicting the mean)")
+    if "null" in curves:
+        _line(axes, ks, curves["null"]["fve"], RUNS[5][at], "null: best of K of them")
+        axes.axhline(curves["shuffled"]["fve"]["value"][0], color=RUNS[6][at], linestyle=(0, (4, 2)), label="shuffled: one greedy text")
+    else:
+        axes.text(0.5, 0.5, "not measured: one document only", transform=axes.transAxes, ha="center")
+    _k_axis(axes, ks)
+
+
+def draw_runs(axes: Axes, results: Sequence[Result], theme: Theme, held_out: bool) -> None:
+    """Several runs, scored by the reconstructor that selects or by the first held-out one."""
+    at, shown = int(theme == "dark"), 0
+    for index, result in enumerate(results):
+        run = result["run"]
+        names = run["held_out_reconstructors"][:1] if held_out else [run["selecting_reconstructor"]]
+        for name in names:
+            colour, marker = RUNS[index % len(RUNS)][at], "os^Dv<>"[index % 7]
+            _line(axes, result["k_values"], result["curves"][f"best_of_k.{name}"]["fve"], colour, run["label"], marker)
+            shown += 1
+    axes.set_title("Scored by a held-out reconstructor" if held_out else f"Scored by the reconstructor that selects ({_size(results[0])})")
+    if not shown:
+        axes.text(0.5, 0.5, "no held-out reconstructor", transform=axes.transAxes, ha="center")
+    _k_axis(axes, results[0]["k_values"])
+
+
+def panels(results: Sequence[Result]) -> list[tuple[str, Callable[[Axes, Theme], None]]]:
+    """What is drawn: an alternative text and a drawer each."""
+    if len(results) > 1:
+        return [
+            ("FVE against K by run", lambda axes, theme: draw_runs(axes, results, theme, False)),
+            ("FVE against K by run, held-out reconstructor", lambda axes, theme: draw_runs(axes, results, theme, True)),
+        ]
+    return [
+        ("FVE against K with 95 % bands", lambda axes, theme: draw_run(axes, results[0], theme)),
+        ("FVE of the null and shuffled controls against K", lambda axes, theme: draw_controls(axes, results[0], theme)),
+    ]
+
+
+def render(results: Sequence[Result], kind: Literal["png", "pdf"]) -> bytes:
+    """All panels side by side, with legends; no date and no version in the file."""
+    with _own_style("light"):
+        figure = Figure(figsize=(12.4, 5.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, (_, draw) in zip(figure.subplots(1, 2), panels(results), strict=True):
+            draw(axes, "light")
+            axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8.5)
+        if kind == "png":
+            return _save(figure, "png", dpi=150)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+        return buffer.getvalue()
+
+
+def render_svg(draw: Callable[[Axes, Theme], None], theme: Theme) -> bytes:
+    """One panel for the page."""
+    with _own_style(theme):
+        figure = Figure(figsize=(6.2, 4.9), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        draw(axes, theme)
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8.5)
+        return _save(figure, "svg", transparent=True)
+
+
+def _line(
+    axes: Axes,
+    ks: Sequence[int],
+    metric: Mapping[str, Sequence[float | None]],
+    colour: str,
+    label: str,
+    marker: str = "o",
+    dashes: Any = "-",
+) -> None:
+    value, low, high = ([float("nan") if v is None else v for v in metric[key]] for key in ("value", "ci_lower", "ci_upper"))
+    axes.plot(ks, value, color=colour, marker=marker, markersize=5, linewidth=1.9, linestyle=dashes, label=label, zorder=3)
+    axes.fill_between(ks, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _k_axis(axes: Axes, ks: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(list(ks)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xlabel("K (candidates, the best of which is taken)")
+    axes.set_ylabel("fraction of variance explained (FVE)")
+
+
+def _size(result: Result) -> str:
+    run = result["run"]
+    return f"n={run['rows']} rows, {run['documents']} documents, N={run['candidates']}"
