@@ -70,7 +70,7 @@ def ours(nested: bool, activation: str) -> TranscoderModule:
     """The module of one case, with free decoder rows as sparsify's transcoders have, or unit rows as dictionary_learning's."""
     settings: dict[str, Any] = {"latents": LATENTS, "k": ACTIVE, "d_in": WIDTH, "d_out": WIDTH, "lr": 3e-4, "warmup_steps": 0, "seed": 0}
     settings |= {"activation": activation, "prefixes": FRACTIONS if nested else None, "decoder_norm": "unit" if nested else "free"}
-    return TranscoderModule(**settings, max_grad_norm=0.0)
+    return TranscoderModule(**settings, max_grad_norm=0.0, export=False)
 
 
 def sparsify_step(transcode: bool) -> Step:

@@ -14,7 +14,8 @@ Where it deviates from the papers: docs/transcoder.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -26,15 +27,17 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from theodolite.batch_arithmetic import BatchArithmetic, split_batch
 from theodolite.distributed import sum_gradients, sum_over_ranks
-from theodolite.functional.activation_threshold import update_mean
+from theodolite.functional.activation_threshold import BINS, activation_histogram, threshold_for_count, update_mean
 from theodolite.functional.prefixes import resolve_prefixes
 from theodolite.seeds import run_seed
 
 from ..manual import SCHEDULES, ManualModule
 from .evaluation import CoderEvaluation, prefix_metrics
+from .interop import load_weights, save_saelens
 from .selection import Moments, global_moments
 from .training import LossSettings, StepResult, training_loss
 from .transcoder import Activation, DecoderNorm, Init, Normalise, Transcoder
+from .weights import coder_from, save_weights, weights_of
 
 
 class TranscoderModule(ManualModule):
@@ -74,6 +77,11 @@ class TranscoderModule(ManualModule):
         schedule: ``constant``, or ``cosine`` or ``linear`` to ``min_lr_fraction`` over the trainer's ``max_steps``.
         min_lr_fraction: Where a decaying schedule ends.
         max_grad_norm: Gradient-norm clip after all callbacks; 0 = off.
+        calibrate: When training ends, set the inference threshold so that k latents are active per held-out token on average
+            (``topk``, ``batchtopk``; the datamodule's validation data).
+        export: Then save the coder in the run directory: ``transcoder/`` in raw units, and ``transcoder/saelens/`` for SAELens.
+        pretrained: Folder of a coder of this package, of SAELens or of sparsify to start from or to evaluate; it brings its own sizes,
+            activation, selection and units.
         d_in: Width of the input; null = what the datamodule says.
         d_out: Width of the target; null likewise.
         seed: Seed of the initialisation; null = the run's ``seed_everything``.
@@ -108,6 +116,9 @@ class TranscoderModule(ManualModule):
         schedule: str = "constant",
         min_lr_fraction: float = 0.0,
         max_grad_norm: float = 1.0,
+        calibrate: bool = True,
+        export: bool = True,
+        pretrained: str | None = None,
         d_in: int | None = None,
         d_out: int | None = None,
         seed: int | None = None,
@@ -135,6 +146,7 @@ class TranscoderModule(ManualModule):
         self.l0_coefficient, self.l0_warmup_steps = l0_coefficient, l0_warmup_steps
         self.lr, self.betas, self.warmup_steps = lr, betas, warmup_steps
         self.schedule, self.min_lr_fraction, self.max_grad_norm = schedule, min_lr_fraction, max_grad_norm
+        self.calibrate, self.export, self.pretrained = calibrate, export, pretrained
         self.d_in, self.d_out, self.run_seed = d_in, d_out, run_seed(seed)
         self.batch_arithmetic: BatchArithmetic | None = None
         self.seconds = {}
@@ -147,12 +159,7 @@ class TranscoderModule(ManualModule):
         """Build the coder once, with the widths of the data; Lightning calls this before fit, validate and test."""
         if self._coder is not None:
             return
-        d_in, d_out = self._width("d_in", "input_width"), self._width("d_out", "target_width")
-        latents = self.latents or self.expansion * d_in
-        self._coder = Transcoder(
-            d_in, d_out, latents, self.k, self.activation, resolve_prefixes(latents, **self.nesting), self.skip, self.decoder_norm,
-            self.init, self.jumprelu_threshold, self.run_seed,
-        )  # fmt: skip
+        self._coder = self._new_coder() if self.pretrained is None else self._pretrained_coder(self.pretrained)
         weights = torch.tensor(self.prefix_weights or [1.0] * len(self._coder.prefixes))
         if len(weights) != len(self._coder.prefixes) or not weights.sum() > 0 or bool((weights < 0).any()):
             raise ValueError(
@@ -160,13 +167,34 @@ class TranscoderModule(ManualModule):
             )
         self._weights: Tensor
         self.register_buffer("_weights", weights / weights.sum(), persistent=False)
-        self.lr = 2e-4 / (latents / 2**14) ** 0.5 if self.lr is None else self.lr
+        self.lr = 2e-4 / (self._coder.latents / 2**14) ** 0.5 if self.lr is None else self.lr
+
+    def _new_coder(self) -> Transcoder:
+        d_in, d_out = self._width("d_in", "input_width"), self._width("d_out", "target_width")
+        latents = self.latents or self.expansion * d_in
+        return Transcoder(
+            d_in, d_out, latents, self.k, self.activation, resolve_prefixes(latents, **self.nesting), self.skip, self.decoder_norm,
+            self.init, self.jumprelu_threshold, self.run_seed,
+        )  # fmt: skip
+
+    def _pretrained_coder(self, folder: str) -> Transcoder:
+        weights = load_weights(folder)
+        for end in ("input_site", "target_site"):
+            known, wanted = getattr(weights, end), getattr(self._datamodule(), end, None)
+            if known is not None and wanted is not None and known != str(wanted):
+                raise ValueError(f"The coder in {folder} has the {end} {known}, but the data has {wanted}: set data.{end} to {known}.")
+        return coder_from(weights)
 
     def _width(self, own: str, offered: str) -> int:
-        width = getattr(self, own) or getattr(self._datamodule(), offered, None)
+        data = self._datamodule()
+        width = getattr(self, own) or getattr(data, offered, None)
         if not isinstance(width, int):
-            raise ValueError(f"model.{own} is null and {type(self._datamodule()).__name__} does not say its {offered}; give model.{own}.")
+            raise ValueError(f"model.{own} is null and {type(data).__name__} does not say its {offered}; give model.{own}.")
         return width
+
+    def _datamodule(self) -> Any:
+        """The Trainer's datamodule; None where there is no Trainer, as for a coder that is only loaded."""
+        return None if self._trainer is None else super()._datamodule()
 
     @property
     def coder(self) -> Transcoder:
@@ -257,6 +285,39 @@ class TranscoderModule(ManualModule):
         shown = {f"train/{name}": value.float() for name, value in values.items()}
         self.log_dict(shown, rank_zero_only=False, sync_dist=False)
         self.log("fvu", fvu[-1].float(), prog_bar=True, logger=False, rank_zero_only=False, sync_dist=False)
+
+    # ------------------------------------------------------------------ after training
+
+    def on_train_end(self) -> None:
+        """Calibrate the inference threshold, then export."""
+        if self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        if self.calibrate and self.coder.activation != "jumprelu" and hasattr(self._datamodule(), "val_dataloader"):
+            self.coder.calibrate(self._held_out_threshold(self._datamodule().val_dataloader()))
+        if self.export and self.global_rank == 0:
+            self._export(Path(self.trainer.default_root_dir) / "transcoder")
+
+    @torch.no_grad()
+    def _held_out_threshold(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
+        """The threshold with k active latents per token of all ranks' batches."""
+        histogram, tokens = torch.zeros(BINS, dtype=torch.int64, device=self.device), 0
+        for batch in batches:
+            inputs = batch["input"].to(self.device)
+            histogram += activation_histogram(self.coder.scores(self.coder.normalise_input(inputs)))
+            tokens += len(inputs)
+        total = sum_over_ranks(torch.cat([histogram, histogram.new_tensor([tokens])]))
+        return threshold_for_count(total[:-1].cpu(), self.coder.k * int(total[-1]))
+
+    def _export(self, folder: Path) -> None:
+        data = self._datamodule()
+        sites = {end: None if (site := getattr(data, end, None)) is None else str(site) for end in ("input_site", "target_site")}
+        model = getattr(getattr(data, "model", None), "model_id", None)
+        weights = weights_of(self.coder, **sites, model=model if isinstance(model, str) else None)
+        save_weights(weights, folder)
+        try:
+            save_saelens(weights, folder / "saelens")
+        except ValueError as error:
+            rank_zero_info(f"Not exported for SAELens: {error}")
 
     # ------------------------------------------------------------------ evaluation
 

@@ -39,7 +39,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def random_weights(m: int = 24, d_in: int = 6, d_out: int = 5, skip: bool = False, **other: Any) -> CoderWeights:
-    settings = {"threshold": numbers(m, seed=5).abs()} | other
+    settings: dict[str, Any] = {"threshold": numbers(m, seed=5).abs()} | other
     tensors = (numbers(m, d_in), numbers(m, seed=1), numbers(m, d_out, seed=2), numbers(d_out, seed=3))
     return CoderWeights(*tensors, numbers(d_out, d_in, seed=4) if skip else None, **settings)
 

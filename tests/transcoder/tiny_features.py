@@ -71,7 +71,8 @@ class FeatureData(LightningDataModule):
         trainer: Any = self.trainer
         ranks, rank = trainer.world_size, trainer.global_rank
         sampler = DistributedBatchSampler(len(part), self.global_batch_size, ranks, rank, shuffle=shuffle, drop_last=shuffle)
-        return StatefulDataLoader(part, batch_size=None, sampler=sampler)
+        # a generator of its own: loaders draw a seed from the global one
+        return StatefulDataLoader(part, batch_size=None, sampler=sampler, generator=torch.Generator())
 
     def train_dataloader(self) -> StatefulDataLoader:
         return self._loader(self.parts[0], shuffle=True)
