@@ -17,6 +17,9 @@ from theodolite.seeds import derive_seed, run_seed
 
 Kind = Literal["unit", "signed", "induction"]
 
+ENDLESS = 1 << 30
+"""Batches of a training stream. It has a length, because of a stream without one a batch is fetched ahead, which no checkpoint knows of."""
+
 
 class ToyStream(IterableDataset):
     """This rank's rows of one global batch after another. The global batches do not depend on the number of ranks.
@@ -30,7 +33,7 @@ class ToyStream(IterableDataset):
         seed: Parts of the seed.
         rank: This rank.
         ranks: Number of ranks.
-        batches: How many; None = endless.
+        batches: How many.
         probability: Of an active feature.
         vocabulary: Of induction sequences.
     """
@@ -43,7 +46,7 @@ class ToyStream(IterableDataset):
         seed: tuple[int | str, ...],
         rank: int = 0,
         ranks: int = 1,
-        batches: int | None = None,
+        batches: int = ENDLESS,
         probability: float = 0.05,
         vocabulary: int = 128,
     ) -> None:
@@ -60,10 +63,14 @@ class ToyStream(IterableDataset):
             return induction_tokens(self.rows, self.width, self.vocabulary, generator)
         return sparse_features(self.rows, self.width, self.probability, generator, self.kind)
 
+    def __len__(self) -> int:
+        """Number of batches."""
+        return self.batches
+
     def __iter__(self) -> Iterator[Tensor]:
         """This rank's rows of each batch; the ``i``-th has the global slot ``rank + i * ranks``."""
         index, self._resume = self._resume, 0
-        while self.batches is None or index < self.batches:
+        while index < self.batches:
             self._given = index + 1
             yield self.global_batch(index)[self.rank :: self.ranks]
             index += 1
@@ -114,7 +121,7 @@ class ToyDataModule(pl.LightningDataModule):
         self.global_batch_size, self.eval_batch_size, self.eval_batches = global_batch_size, eval_batch_size, eval_batches
         self.seed = run_seed(seed)
 
-    def stream(self, phase: str, rows: int, batches: int | None) -> ToyStream:
+    def stream(self, phase: str, rows: int, batches: int) -> ToyStream:
         """A phase's batches for this rank."""
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         split_batch(rows, ranks)
@@ -124,7 +131,7 @@ class ToyDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Endless batches."""
-        return StatefulDataLoader(self.stream("train", self.global_batch_size, None), batch_size=None)
+        return StatefulDataLoader(self.stream("train", self.global_batch_size, ENDLESS), batch_size=None)
 
     def val_dataloader(self) -> StatefulDataLoader:
         """The same batches every time."""
