@@ -98,6 +98,10 @@ class FrozenModel:
             self._model = cast(nn.Module, model).eval().requires_grad_(False)
         return self._model.to(device)
 
+    def release(self) -> None:
+        """Give the weights' memory back; they are loaded again when needed."""
+        self._model = None
+
     def identity(self) -> dict[str, Any]:
         """Plain data that changes with the model's numbers: a folder's file hashes, a hub model's commit, a config and its seed."""
         facts: dict[str, Any] = {"dtype": self.dtype, "tokenizer": self.tokenizer_id}
