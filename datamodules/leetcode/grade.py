@@ -84,10 +84,10 @@ def read_problems(path: Path, hint: str, report: _Report) -> dict[str, Problem]:
     problems: dict[str, Problem] = {}
     for number, raw in read_lines(path, report):
         try:
-            row = parse_row(raw)
+            row = parse_row(raw, prompted=False)
             if row.id in problems:
                 raise ValueError(f"the id {row.id} was used before; the first one counts")
-            problems[row.id] = make_problem(row, hint)
+            problems[row.id] = make_problem(row, hint, prompted=False)
         except ValueError as error:
             report(path, number, str(error))
             continue

@@ -78,7 +78,7 @@ class Row:
     shown_asserts: tuple[str, ...] = ()
 
 
-def parse_tests(asserts: Iterable[str], entry: str) -> tuple[tuple[TestCase, ...], tuple[tuple[int, str], ...]]:
+def parse_tests(asserts: Iterable[Any], entry: str) -> tuple[tuple[TestCase, ...], tuple[tuple[int, str], ...]]:
     """Turn assert statements into tests; a bad one costs only itself.
 
     Returns:
@@ -87,7 +87,9 @@ def parse_tests(asserts: Iterable[str], entry: str) -> tuple[tuple[TestCase, ...
     tests, dropped = [], []
     for position, source in enumerate(asserts):
         try:
-            if not source.startswith(f"assert {entry}("):
+            if not isinstance(source, str):
+                raise ValueError(f"is a {type(source).__name__} instead of a string")
+            if not source.lstrip().startswith(f"assert {entry}("):
                 raise ValueError(f"does not start with 'assert {entry}('")
             tests.append(parse_assert(source))
         except ValueError as error:
@@ -95,8 +97,12 @@ def parse_tests(asserts: Iterable[str], entry: str) -> tuple[tuple[TestCase, ...
     return tuple(tests), tuple(dropped)
 
 
-def parse_row(row: Mapping[str, Any]) -> Row:
+def parse_row(row: Mapping[str, Any], prompted: bool = True) -> Row:
     """Check one decoded JSONL row and parse its tests.
+
+    Args:
+        row: The row.
+        prompted: The prompt will be shown to a policy, so the hints must fit it.
 
     Raises:
         ValueError: If a key is missing or of the wrong type, or no test is left.
@@ -114,6 +120,7 @@ def parse_row(row: Mapping[str, Any]) -> Row:
         solution=row["canonical_solution"],
         difficulty=row["difficulty"],
         asserts=row["gt_answer"],
+        prompted=prompted,
     )
 
 
@@ -143,13 +150,23 @@ def parse_hub_row(row: Mapping[str, Any]) -> Row:
     )
 
 
-def _make_row(identifier: str, chat: Chat, entry: str, setup_code: str, solution: str, difficulty: str, asserts: Iterable[str]) -> Row:
+def _make_row(
+    identifier: str,
+    chat: Chat,
+    entry: str,
+    setup_code: str,
+    solution: str,
+    difficulty: str,
+    asserts: Iterable[str],
+    prompted: bool = True,
+) -> Row:
     asserts = list(asserts)
     tests, dropped = parse_tests(asserts, entry)
     if not tests:
         reason = f"; the first fails because it {dropped[0][1]}" if dropped else ""
         raise ValueError(f"problem {identifier} has no usable test ({len(dropped)} were dropped{reason})")
-    apply_hint(chat[-1]["content"], "none", None)  # a prompt that no hint fits fails here
+    if prompted:
+        apply_hint(chat[-1]["content"], "none", None)  # a prompt that no hint fits fails here
     unusable = {position for position, _ in dropped}
     kept = (source for position, source in enumerate(asserts) if position not in unusable)
     return Row(identifier, chat, entry, setup_code, solution, difficulty, tests, dropped, tuple(islice(kept, VISIBLE_TESTS)))
@@ -177,18 +194,19 @@ def hinted_chat(row: Row, hint: str) -> Chat:
     return [*row.chat[:-1], {"role": "user", "content": user}]
 
 
-def make_problem(row: Row, hint: str) -> Problem:
+def make_problem(row: Row, hint: str, prompted: bool = True) -> Problem:
     """Build the problem that a policy sees under a hint.
 
     Args:
         row: The problem without hint.
         hint: A key of :data:`~theodolite.datamodules.leetcode.prompts.HINTS`.
+        prompted: Put the hint into the prompt; grading alone only needs the evaluator's name.
     """
     name = evaluator_name(hint, row.id)
     shown = shown_evaluator(name, row.shown_asserts) if name and check_hint(hint).shows else None
     return Problem(
         id=row.id,
-        prompt=hinted_chat(row, hint),
+        prompt=hinted_chat(row, hint) if prompted else row.chat,
         entry=row.entry,
         tests=row.tests,
         reference=f"```python\n{row.solution}\n```",

@@ -73,7 +73,8 @@ class _Run:
     def _called(self) -> bytes:
         entry = _compiled(self.job["entry"], "<entry>", "eval")
         calls, order, from_wire, to_wire = self.job["calls"], self.job["order"], self.codec.from_wire, self.codec.to_wire
-        again = {index: _dumps(calls[index]) for index in order if order.count(index) > 1} if len(set(order)) < len(order) else {}
+        seen: set[int] = set()
+        again = {index: _dumps(calls[index]) for index in order if index in seen or seen.add(index)}
         answers: list[Any] = []
         for index in order:
             coded, args, kwargs = _loads(again[index]) if index in again else calls[index]
