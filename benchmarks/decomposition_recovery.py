@@ -4,7 +4,7 @@
 
     python benchmarks/decomposition_recovery.py --cases tms_5-2 tms_40-10 --seeds 0 1 2 --json recovery.json
 
-Prints, for every case, the identity error (0 = recovered), the mean max cosine similarity and the wall seconds of each seed. There is no peer:
+Prints, for every case, the identity error (0 = recovered), the mean max cosine similarity and the wall seconds of each seed. No peer:
 ``ours`` is the number of seeds that recovered (error 0 and every mean cosine above 0.99) out of ``n``. Finished runs are not repeated.
 """
 

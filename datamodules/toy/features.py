@@ -50,7 +50,8 @@ class ToyStream(IterableDataset):
         probability: float = 0.05,
         vocabulary: int = 128,
     ) -> None:
-        self.kind, self.width, self.rows, self.seed = kind, width, rows, seed
+        self.kind: Kind = kind
+        self.width, self.rows, self.seed = width, rows, seed
         self.rank, self.ranks, self.batches = rank, ranks, batches
         self.probability, self.vocabulary = probability, vocabulary
         self._given = 0
@@ -117,7 +118,8 @@ class ToyDataModule(pl.LightningDataModule):
             raise ValueError(f"data.probability is {probability}; it must lie above 0 and not above 1.")
         if eval_batches < 1:
             raise ValueError(f"data.eval_batches must be at least 1, got {eval_batches}.")
-        self.kind, self.width, self.probability, self.vocabulary = kind, width, probability, vocabulary
+        self.kind: Kind = kind
+        self.width, self.probability, self.vocabulary = width, probability, vocabulary
         self.global_batch_size, self.eval_batch_size, self.eval_batches = global_batch_size, eval_batch_size, eval_batches
         self.seed = run_seed(seed)
 

@@ -136,7 +136,7 @@ def initialise_layers(root: nn.Module, *seed: int | str) -> None:
             _normal_(module.weight, 1 / math.sqrt(module.in_features), *seed, name)
 
 
-def _normal_(weight: nn.Parameter, scale: float, *seed: int | str) -> None:
+def _normal_(weight: Tensor, scale: float, *seed: int | str) -> None:
     generator = torch.Generator().manual_seed(derive_seed(*seed))
     with torch.no_grad():
         weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
