@@ -55,7 +55,8 @@ class BestOfKCallback(Callback):
         seed: Of sampling; null = the run's ``seed_everything``.
         every_n_validations: Also measure at every n-th validation of a fit; 0 = only in ``test`` and ``validate``.
         rows_per_shard: Rows that are drawn, and lost by an interruption, together.
-        worst_rows: Rows shown with their texts at either end of the HTML page.
+        report: Draw figures and write the HTML page, beside the JSON and the parquet of texts.
+        worst_rows: Rows shown with their texts at either end of the page.
 
     Raises:
         ValueError: For settings that cannot work.
@@ -80,6 +81,7 @@ class BestOfKCallback(Callback):
         seed: int | None = None,
         every_n_validations: int = 0,
         rows_per_shard: int = 32,
+        report: bool = True,
         worst_rows: int = 5,
     ) -> None:
         super().__init__()
@@ -89,7 +91,8 @@ class BestOfKCallback(Callback):
         self.max_new_tokens, self.max_rows, self.generation_batch_size = max_new_tokens, max_rows, generation_batch_size
         self.resampling = Resampling(bootstrap_replicates if do_bootstrap else 0, bootstrap_seed, confidence)
         self.cache_dir, self.load_store, self.output_dir = Path(cache_dir), load_store, output_dir
-        self.output_file, self.seed, self.rows_per_shard, self.worst_rows = output_file, run_seed(seed), rows_per_shard, worst_rows
+        self.output_file, self.seed, self.rows_per_shard = output_file, run_seed(seed), rows_per_shard
+        self.report, self.worst_rows = report, worst_rows
         self.every_n_validations, self._validations = every_n_validations, 0
         if not output_file.endswith(".json"):
             raise ValueError(f"output_file names the JSON of results, so it must end in .json, got {output_file!r}.")
@@ -156,7 +159,7 @@ class BestOfKCallback(Callback):
                 written.append(folder / f"{name}.json")
                 prefix = f"{split}/best_of_k/" + (f"{label}/" if len(labels) > 1 else "")
                 pl_module.log_dict({f"{prefix}{key}": value for key, value in values.items()}, rank_zero_only=False, sync_dist=False)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self.report:
             write_report(written, folder, Path(self.output_file).stem, self.worst_rows)
 
     def _run(

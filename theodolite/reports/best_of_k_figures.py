@@ -84,7 +84,7 @@ def render(results: Sequence[Result], kind: Literal["png", "pdf"]) -> bytes:
         FigureCanvasAgg(figure)
         for axes, (_, draw) in zip(figure.subplots(1, 2), panels(results), strict=True):
             draw(axes, "light")
-            axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8.5)
+            _legend(axes)
         if kind == "png":
             return _save(figure, "png", dpi=150)
         buffer = io.BytesIO()
@@ -99,7 +99,7 @@ def render_svg(draw: Callable[[Axes, Theme], None], theme: Theme) -> bytes:
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         draw(axes, theme)
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8.5)
+        _legend(axes)
         return _save(figure, "svg", transparent=True)
 
 
@@ -124,6 +124,11 @@ def _k_axis(axes: Axes, ks: Sequence[int]) -> None:
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("K (candidates, the best of which is taken)")
     axes.set_ylabel("fraction of variance explained (FVE)")
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8.5)
 
 
 def _size(result: Result) -> str:
