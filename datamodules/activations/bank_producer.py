@@ -133,5 +133,7 @@ class ActivationProducer:
 
     def _vocabulary(self) -> Any:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        whole = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        described = json.loads(backend.to_str()) if backend is not None else {"vocabulary": self.tokenizer.get_vocab()}
+        # a call with truncation leaves its settings in the tokenizer: a rank that has tokenised must name the bank as one that has not
+        whole = json.dumps({name: part for name, part in described.items() if name not in ("truncation", "padding")}, sort_keys=True)
         return [hashlib.sha256(whole.encode()).hexdigest(), sorted(self.tokenizer.all_special_tokens)]

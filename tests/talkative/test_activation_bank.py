@@ -235,3 +235,10 @@ def test_checkpoints_are_files_or_patterns(tmp_path: Path) -> None:
         checkpoint_files(f"{tmp_path}/c*.ckpt")
     with pytest.raises(ValueError, match=r"holds no talkative\.json"):
         checkpoint_files(str(tmp_path))
+
+
+def test_a_bank_has_one_name_before_and_after_its_tokenizer_was_used(producer: str) -> None:
+    reader = ActivationProducer(producer, "resid_post.0", max_tokens=5)
+    before = reader.identity()
+    assert len(reader.tokens("the cat sat on the mat and then went on for many more words")) == 5
+    assert reader.identity() == before
