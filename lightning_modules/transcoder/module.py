@@ -34,6 +34,7 @@ from theodolite.seeds import run_seed
 from ..manual import SCHEDULES, ManualModule
 from .evaluation import CoderEvaluation, prefix_metrics
 from .interop import load_weights, save_saelens
+from .memory import fitting_memory
 from .selection import Moments, global_moments
 from .training import LossSettings, StepResult, training_loss
 from .transcoder import Activation, DecoderNorm, Init, Normalise, Transcoder
@@ -213,10 +214,11 @@ class TranscoderModule(ManualModule):
             raise ValueError(f"trainer.precision={self.trainer.precision} rounds Adam's steps away; use bf16-mixed or 32-true.")
 
     def on_fit_start(self) -> None:
-        """Split the global batch over ranks."""
+        """Split the global batch over ranks, and refuse what will not fit into memory: the language model is not loaded yet."""
         size = getattr(self._datamodule(), "global_batch_size", None)
         if isinstance(size, int):
             self.batch_arithmetic = split_batch(size, self.trainer.world_size)
+            rank_zero_info(fitting_memory(self.coder, self.batch_arithmetic.micro, self._datamodule(), self.device))
         rank_zero_info(f"{self.coder.latents} latents, {sum(p.numel() for p in self.coder.parameters()):,} parameters")
 
     def configure_optimizers(self) -> Any:
