@@ -154,6 +154,14 @@ class TalkativeModule(ManualModule):
         self.freeze_parts()
         self._reference = {name: p.detach().clone() for name, p in self.verbaliser.named_parameters() if p.requires_grad}
 
+    def load_exported(self, folder: str) -> None:
+        """Take the weights that an earlier run exported.
+
+        Raises:
+            ValueError: If the folder was made with other settings, or its file was changed.
+        """
+        load_weights(self, Path(folder))
+
     def freeze_parts(self) -> None:
         """Called once everything is built: a subclass freezes what its objective must not train. Here nothing of a reconstructor learns."""
         self.readers.requires_grad_(False)
