@@ -76,7 +76,15 @@ class Evaluation:
         self.totals: dict[str, Sums] = {each.label: {} for each in measures}
 
     def add(self, rows: Tensor, index: int, rank: int, ranks: int) -> None:
-        """Add this rank's rows of a global batch. All ranks must call it for every batch, if need be with no rows."""
+        """Add this rank's rows of a global batch. All ranks must call it for every batch.
+
+        Raises:
+            ValueError: If there are no rows.
+        """
+        if not len(rows):
+            raise ValueError(
+                f"Evaluation batch {index} leaves rank {rank} of {ranks} without rows; use a smaller eval batch or fewer ranks."
+            )
         batch = StepBatch(microbatches(rows, rank, ranks, self.micro), len(rows) * ranks, (self.seed, "eval", index), 0, self.fraction)
         seen = [look_at(self.parts, batch, i, training=False) for i in range(len(batch.parts))]
         for each in self.measures:

@@ -83,8 +83,10 @@ def step_gradients(
         By label, this rank's share of each loss, without graph: summed over ranks they are the losses; and ``total`` likewise.
     """
     whole = [o for o in objectives if isinstance(o, WholeBatchObjective)]
-    minimality = [o for o in objectives if isinstance(o, ImportanceMinimality)]
-    prepared = [look_at(parts, batch, 0, training=True)] if len(batch.parts) == 1 else _looks(parts, batch)
+    # without its logarithm the penalty is a sum over rows like any other
+    minimality = [o for o in objectives if isinstance(o, ImportanceMinimality) and o.beta]
+    single = len(batch.parts) == 1
+    prepared = [look_at(parts, batch, 0, training=True)] if single else _looks(parts, batch) if whole or minimality else []
     seen = [each.detached() for each in prepared]
     for objective in whole:
         pairs = [(each, batch.draws(each.index, objective.label)) for each in seen]
@@ -92,7 +94,7 @@ def step_gradients(
     weights = {o.label: _Minimality.of(o, seen, batch) for o in minimality}
     shares: dict[str, Tensor] = {}
     for index in range(len(batch.parts)):
-        live = prepared[0] if len(batch.parts) == 1 else look_at(parts, batch, index, training=True)
+        live = prepared[0] if single else look_at(parts, batch, index, training=True)
         terms = _batch_terms(parts, objectives, live, batch, weights)
         if index == 0:
             terms |= {o.label: (_coeff(o), o.value(parts) / world_size()) for o in objectives if isinstance(o, Faithfulness)}
@@ -121,8 +123,11 @@ def _batch_terms(
     share = len(live.batch) / batch.global_rows
     terms: dict[str, tuple[float, Tensor]] = {}
     for objective in objectives:
-        if isinstance(objective, ImportanceMinimality):
+        if isinstance(objective, ImportanceMinimality) and objective.label in minimal:
             terms[objective.label] = (_coeff(objective), minimal[objective.label].surrogate(objective, live, batch.fraction))
+        elif isinstance(objective, ImportanceMinimality):
+            sums = objective.component_sums(live.upper, batch.fraction)
+            terms[objective.label] = (_coeff(objective), importance_minimality(sums, live.positions) * share)
         elif isinstance(objective, BatchObjective):
             total, count = objective.sums(parts, live, batch.draws(live.index, objective.label))
             terms[objective.label] = (_coeff(objective), total / count * share)
