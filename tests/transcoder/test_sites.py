@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from tiny_language_models import tiny_language_model as fresh_model
 from torch import Tensor, nn
 from transformers import OPTConfig
 
-from theodolite.site_tables import SITES, SiteName
+from theodolite.site_checks import check_sites
+from theodolite.site_tables import LAYOUTS, SITES, SiteName
 from theodolite.sites import (
     ActivationSite,
     capture_sites,
@@ -75,6 +77,19 @@ def test_mlp_in_is_the_unscaled_site_times_the_norms_own_scale_plus_its_shift(fa
     centred = x - x.mean(-1, keepdims=True) if family == "gpt2" else x
     expected = centred / ((centred**2).mean(-1, keepdims=True) + 1e-6) ** 0.5
     torch.testing.assert_close(found["mlp_in_unscaled"].double(), torch.from_numpy(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
+def test_the_check_of_a_model_finds_sound_sites_sound_and_a_wrong_scale_wrong(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh_model(family, torch.bfloat16)
+    found = check_sites(model, LAYER, input_ids=token_rows(), use_cache=False)
+    *exact, rounded = found.values()
+    assert exact == [0.0] * 4
+    assert 0 < rounded < 0.02
+    layout = LAYOUTS["gpt2" if family == "gpt2" else "gemma3_text"]
+    wrong = dataclasses.replace(layout, unit_offset=not layout.unit_offset)
+    monkeypatch.setitem(LAYOUTS, "gpt2" if family == "gpt2" else "gemma3_text", wrong)
+    assert list(check_sites(model, LAYER, input_ids=token_rows(), use_cache=False).values())[-1] > 0.1
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gemma3"])
