@@ -6,8 +6,8 @@ Per row, all as squared norms over the d dimensions:
 * ``greedy.<name>``, ``greedy_directional.<name>``: of the text at temperature 0;
 * ``residual.<name>`` (grid, d): mean residual of the candidate that best-of-K selects, for the K of the grid;
 * ``error_of_mean``: of the mean of all N reconstructions of the first reconstructor;
-* ``null`` (N): of N texts about activations of *other documents*, one each; ``shuffled``: of one such greedy text. NaN where the data
-  hold one document only;
+* ``null`` (N): of the N texts about one activation of *another document*; ``shuffled``: of its greedy text. NaN where the data hold one
+  document only;
 * ``failed`` (N), ``greedy_failed``: the text is empty. It scores as the mean prediction under every reconstructor.
 
 Rows are scored in fixed groups, and texts in fixed batches, so that a score does not depend on the number of processes.
@@ -76,7 +76,7 @@ class Scores:
         self.mean = table_mean(self.table, rows)
         d = len(self.mean)
         key = {
-            "kind": "candidate scores",
+            "kind": "candidate scores, null of one other row",
             "candidates": candidates.key,
             "greedy": greedy.key,
             "reconstructors": {name: reader.fingerprint() for name, reader in self.reconstructors.items()},
@@ -113,7 +113,7 @@ class Scores:
         # blanks alone say nothing either
         texts = [[text if text.strip() else "" for text in row] for row in self.candidates.texts(numbers, self.n, self.rows)]
         greedy = [row[0] if row[0].strip() else "" for row in self.greedy.texts(numbers, 1, self.rows)]
-        partner = partners(rows.documents, self.n)
+        partner = partners(rows.documents)
         columns: dict[str, Any] = {
             "failed": np.array([[not text for text in row] for row in texts]),
             "greedy_failed": np.array([not text for text in greedy]),
@@ -136,12 +136,10 @@ class Scores:
         self.store.write(shard, columns)
 
     def _controls(self, target: Tensor, drawn: Tensor, single: Tensor, partner: Tensor) -> tuple[Tensor, Tensor]:
-        """Errors of N sampled texts and of one greedy text about rows of other documents."""
-        others = drawn[partner.clamp_min(0), torch.arange(self.n)]
-        alone = partner < 0
-        null = (target[:, None] - others).square().sum(2).masked_fill(alone, torch.nan)
-        shuffled = (target - single[partner[:, 0].clamp_min(0)]).square().sum(1).masked_fill(alone[:, 0], torch.nan)
-        return null, shuffled
+        """Errors of the N sampled texts and of the greedy text about a row of another document."""
+        other, alone = partner.clamp_min(0), partner < 0
+        null = (target[:, None] - drawn[other]).square().sum(2).masked_fill(alone[:, None], torch.nan)
+        return null, (target - single[other]).square().sum(1).masked_fill(alone, torch.nan)
 
     def _vectors(self, name: str, texts: Sequence[str]) -> Tensor:
         """(len(texts), d) float64 reconstructions; of an empty text the mean prediction. Each different text is read once.
@@ -170,12 +168,8 @@ def table_mean(table: ActivationTable, rows: int, chunk: int = 4096) -> Tensor:
     return total / rows
 
 
-def partners(documents: Sequence[str], n: int) -> Tensor:
-    """(rows, n) a row of another document for every row and candidate, different from one candidate to the next; -1 where there is none."""
+def partners(documents: Sequence[str]) -> Tensor:
+    """(rows,) the next row, in a circle, of another document; -1 where there is none."""
     size = len(documents)
-    found = torch.full((size, n), -1, dtype=torch.long)
-    for row in range(size):
-        others = [other % size for other in range(row + 1, row + size) if documents[other % size] != documents[row]]
-        if others:
-            found[row] = torch.tensor([others[candidate % len(others)] for candidate in range(n)])
-    return found
+    others = ([other % size for other in range(row + 1, row + size) if documents[other % size] != documents[row]] for row in range(size))
+    return torch.tensor([next(iter(found), -1) for found in others])

@@ -36,10 +36,10 @@ def draw_run(axes: Axes, result: Result, theme: Theme) -> None:
 
 
 def draw_controls(axes: Axes, result: Result, theme: Theme) -> None:
-    """The same selection applied to texts about other documents: what choosing alone can do."""
+    """The same selection applied to texts about another document: what choosing alone can do."""
     at, ks, curves = int(theme == "dark"), result["k_values"], result["curves"]
     axes.axhline(0.0, color=INKS[theme].text, linewidth=0.8)
-    axes.set_title("Controls: texts about other documents (0 = predicting the mean)")
+    axes.set_title("Controls: texts about another document (0 = predicting the mean)")
     if "null" in curves:
         _line(axes, ks, curves["null"]["fve"], RUNS[5][at], "null: best of K of them")
         axes.axhline(curves["shuffled"]["fve"]["value"][0], color=RUNS[6][at], linestyle=(0, (4, 2)), label="shuffled: one greedy text")
