@@ -29,7 +29,7 @@ DOUBLE = Problem(
     style="fenced",
     setup_code="from typing import *\nfrom math import *\n",
 )
-LIMITS = Limits(cpu_s=0.25, wall_s=20.0, memory_mb=256, output_kb=1024)
+LIMITS = Limits(cpu_s=0.25, wall_s=60.0, memory_mb=256, output_kb=1024)
 
 
 def sessions(leaders: list[int]) -> set[int]:
@@ -67,7 +67,7 @@ def attack(grader: Grader, name: str) -> list[str]:
         f"the next grade is {after.grade.verdict}": after.grade.verdict.label == "correct",
         "a worker was lost": grader.sandbox.worker_pids == workers and grader.sandbox.retries == retries,
         "a process survives": sessions(workers) == before,
-        f"took {time.monotonic() - started:.1f} s": time.monotonic() - started < 15,
+        f"took {time.monotonic() - started:.1f} s": time.monotonic() - started < 45,
         f"left {left_behind()}": not left_behind(),
     }
     return [f"{name}: {what} ({report.error})" for what, held in checks.items() if not held]
