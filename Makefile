@@ -11,7 +11,7 @@ PYTEST := $(RUN) -m pytest
 FAST := not slow and not gpu and not peers and not vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm venv-peers bench-projection bench-grading bench-grpo bench-recovery demo demo-decomposition wheel
+.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm venv-peers bench-projection bench-grading bench-grpo bench-recovery demo demo-decomposition demo-transcoder bench-transcoder venv-coders wheel
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,15 +48,27 @@ test-distributed: setup ## only the tests that start several processes
 test-gpu: setup ## tests that need a GPU
 	@$(PYTEST) -q -m gpu
 
-test-peers: setup venv-peers ## comparisons with peer libraries; those of TRL run in an environment of its own
+test-peers: setup venv-peers venv-coders ## comparisons with peer libraries; those of TRL run in an environment of its own
 	@$(PYTEST) -q -m peers
 	@OMP_NUM_THREADS=1 .venv-peers/bin/python -m pytest -q -m peers tests/test_trainer_callback.py tests/grpo
+	@OMP_NUM_THREADS=1 .venv-coders/bin/python -m pytest -q -m peers tests/transcoder/test_interop_peers.py
 
 venv-peers: .venv-peers/.installed ## .venv-peers with TRL beside this package
 
 .venv-peers/.installed: pyproject.toml constraints.txt
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	@.venv-peers/bin/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt -e . "trl==1.16.0" pytest pytest-timeout hypothesis
+	@touch $@
+
+venv-coders: .venv-coders/.installed ## .venv-coders with SAELens, sparsify and dictionary_learning beside this package
+
+# torchvision comes with a peer and is not used; its build for GPUs cannot be imported beside a CPU build of torch
+.venv-coders/.installed: pyproject.toml constraints.txt
+	@test -x .venv-coders/bin/python || $(PYTHON) -m venv .venv-coders
+	@.venv-coders/bin/python -m pip install -qq --disable-pip-version-check --no-input "torch==2.13.0"
+	@.venv-coders/bin/python -m pip install -qq --disable-pip-version-check --no-input sae-lens==6.54.12 eai-sparsify==1.3.3 dictionary-learning==0.1.0
+	@.venv-coders/bin/python -m pip install -qq --disable-pip-version-check --no-input -e . pytest pytest-timeout hypothesis
+	@.venv-coders/bin/python -m pip uninstall -qq -y torchvision
 	@touch $@
 
 bench-projection: setup ## cost of a projection per optimizer step; JSON=FILE keeps the numbers
@@ -77,6 +89,12 @@ demo: setup ## the study from warm start to report on 2 cores, in under 10 minut
 
 bench-recovery: setup ## do toy decompositions recover the ground truth, over 3 seeds; JSON=FILE keeps the numbers, CASES="tms_5-2 ..."
 	@$(RUN) benchmarks/decomposition_recovery.py $(if $(JSON),--json $(JSON)) $(if $(CASES),--cases $(CASES))
+
+bench-transcoder: setup venv-coders ## a sparse coder's step beside sparsify, SAELens and dictionary_learning; JSON=FILE keeps the numbers
+	@OMP_NUM_THREADS=1 .venv-coders/bin/python benchmarks/transcoder.py $(if $(JSON),--json $(JSON))
+
+demo-transcoder: setup ## nested transcoders on the right and the wrong site, in under 5 minutes on 2 cores: runs/demo_transcoder/report/index.html
+	@$(RUN) -m theodolite.demo_transcoder
 
 demo-decomposition: setup ## decompose a toy model and attack it, in under 5 minutes on 2 cores: runs/demo-decomposition/report/index.html
 	@$(RUN) -m theodolite.decomposition_demo --out runs/demo-decomposition
