@@ -11,7 +11,7 @@ PYTEST := $(RUN) -m pytest
 FAST := not slow and not gpu and not peers and not vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm venv-peers bench-projection bench-grading bench-grpo bench-recovery demo demo-decomposition demo-transcoder bench-transcoder venv-coders wheel
+.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm venv-peers bench-projection bench-grading bench-grpo bench-recovery bench-best-of-k demo demo-decomposition demo-transcoder bench-transcoder venv-coders wheel
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ bench-grading: setup ## cost of grading beside one interpreter per execution; JS
 
 bench-grpo: setup venv-peers ## a GRPO step beside TRL's; JSON=FILE keeps the numbers
 	@OMP_NUM_THREADS=1 .venv-peers/bin/python benchmarks/grpo_vs_trl.py $(if $(JSON),--json $(JSON))
+
+bench-best-of-k: setup ## work and noise of one-pass best-of-K beside a sweep per K; JSON=FILE keeps the numbers
+	@$(RUN) benchmarks/best_of_k.py $(if $(JSON),--json $(JSON))
 
 test-vllm: setup ## tests that need vLLM
 	@$(PIP) -c constraints.txt -e ".[dev,vllm]"
