@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from theodolite.functional.component_masks import ComponentMask
+from theodolite.functional.component_masks import ComponentMask, scaled_acts
 from theodolite.seeds import derive_seed
 
 
@@ -131,7 +131,7 @@ class Site:
         target = self.original(inputs) if needs_target else None
         bias = getattr(self.module, "bias", None)
         if mask.delta is None:
-            masked = acts if mask.component is None else acts * mask.component
+            masked = scaled_acts(acts, mask)
             output = masked @ write if bias is None else masked @ write + bias
         else:
             assert target is not None
@@ -153,8 +153,7 @@ class Site:
         """``(a * m) U + d (x W - a U)`` written as ``d (x W) + (a * (m - d)) U``: no delta matrix, and exactly the target at m = d = 1."""
         assert mask.delta is not None
         delta = mask.delta[..., None]
-        component = torch.ones_like(acts) if mask.component is None else mask.component
-        rest = (acts * (component - delta)) @ write
+        rest = scaled_acts(acts, mask) @ write
         if bias is None:
             return delta * target + rest
         return target + (delta - 1) * (target - bias) + rest

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,20 @@ class ComponentMask:
     routing: Tensor | None = None
 
 
-def mask_from_source(importance: Tensor, source: Tensor, routing: Tensor | None = None) -> ComponentMask:
+@dataclass(frozen=True, slots=True)
+class SourceMask(ComponentMask):
+    """The mask ``g + (1 - g) r`` that a source r stands for. It is never stored: see :func:`scaled_acts`.
+
+    Attributes:
+        importance: (..., C) lower causal importances g.
+        source: r, (..., C), broadcastable to the importances.
+    """
+
+    importance: Tensor = field(kw_only=True)
+    source: Tensor = field(kw_only=True)
+
+
+def mask_from_source(importance: Tensor, source: Tensor, routing: Tensor | None = None) -> SourceMask:
     """The mask that sources in [0, 1] stand for: ``g + (1 - g) r``, and for the delta component r itself.
 
     Args:
@@ -38,10 +53,50 @@ def mask_from_source(importance: Tensor, source: Tensor, routing: Tensor | None 
     channels = importance.shape[-1]
     if source.shape[-1] not in (channels, channels + 1):
         raise ValueError(f"A source of {source.shape[-1]} channels does not fit {channels} components; give {channels} or {channels + 1}.")
-    component = torch.lerp(source[..., :channels].expand_as(importance), torch.ones_like(importance), importance)
-    if source.shape[-1] == channels:
-        return ComponentMask(component, None, routing)
-    return ComponentMask(component, source[..., channels].expand(importance.shape[:-1]), routing)
+    delta = None if source.shape[-1] == channels else source[..., channels]
+    return SourceMask(None, delta, routing, importance=importance, source=source[..., :channels])
+
+
+def scaled_acts(acts: Tensor, mask: ComponentMask) -> Tensor:
+    """``acts * m``, or ``acts * (m - d)`` under a delta mask d: what the components write beyond d times the target's own output.
+
+    Args:
+        acts: (..., C) component activations.
+        mask: Their module's mask.
+    """
+    if isinstance(mask, SourceMask):
+        result = _Interpolated.apply(acts, mask.importance, mask.source, mask.delta)
+        assert isinstance(result, Tensor)
+        return result
+    if mask.delta is None:
+        return acts if mask.component is None else acts * mask.component
+    return acts * ((1 - mask.delta[..., None]) if mask.component is None else mask.component - mask.delta[..., None])
+
+
+class _Interpolated(torch.autograd.Function):
+    """``a (g + (1 - g) r - d)`` as ``a ((r - d) + g (1 - r))``, with two passes over memory forward and five backward.
+
+    By autograd it takes about three times as many, which is a third of an attack's time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, acts: Tensor, importance: Tensor, source: Tensor, delta: Tensor | None) -> Tensor:
+        offset = source if delta is None else source - delta[..., None]
+        mask = torch.addcmul(offset, importance, 1 - source)
+        ctx.save_for_backward(acts, importance, source, delta, mask if ctx.needs_input_grad[0] else None)
+        return acts * mask
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        acts, importance, source, delta, mask = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        for_acts = (upstream * mask).to(acts.dtype) if wanted[0] else None
+        product = upstream * acts
+        for_delta = -product.sum(-1).sum_to_size(delta.shape).to(delta.dtype) if wanted[3] else None
+        for_importance = (product * (1 - source)).sum_to_size(importance.shape).to(importance.dtype) if wanted[1] else None
+        for_source = product.addcmul_(product, importance, value=-1).sum_to_size(source.shape).to(source.dtype) if wanted[2] else None
+        return for_acts, for_importance, for_source, for_delta
 
 
 def stochastic_masks(

@@ -1,0 +1,66 @@
+"""What is written out for speed equals what autograd computes: interpolated masks, and the KL divergence with its gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from theodolite.functional.component_masks import ComponentMask, mask_from_source, scaled_acts
+from theodolite.functional.kl_divergence import kl_sum
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 1, 5), (1, 3, 5), (1, 1, 5)])
+@pytest.mark.parametrize("delta", [True, False])
+def test_interpolated_masks_and_their_gradients_equal_plain_ones(shape: tuple[int, ...], delta: bool) -> None:
+    acts, importance, source = drawn(2, 3, 4), drawn(2, 3, 4, seed=1), drawn(*shape[:-1], 4 + delta, seed=2)
+
+    def fused(acts: Tensor, importance: Tensor, source: Tensor) -> Tensor:
+        return scaled_acts(acts, mask_from_source(importance, source))
+
+    def plain(acts: Tensor, importance: Tensor, source: Tensor) -> Tensor:
+        r = source.expand(2, 3, -1)
+        mask = importance + (1 - importance) * r[..., :4]
+        return scaled_acts(acts, ComponentMask(mask, r[..., 4] if delta else None))
+
+    weights = drawn(2, 3, 4, seed=3).detach()
+    found, expected = (function(acts, importance, source) for function in (fused, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+    gradients = [torch.autograd.grad((output * weights).sum(), [acts, importance, source]) for output in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-14)
+    assert torch.autograd.gradcheck(fused, (acts, importance, source))
+
+
+def test_everything_on_is_exactly_nothing_beyond_the_target() -> None:
+    acts, importance = drawn(2, 3, 4).detach(), drawn(2, 3, 4, seed=1).detach()
+    assert not scaled_acts(acts, mask_from_source(importance, torch.ones(2, 3, 5, dtype=torch.float64))).any()
+
+
+def test_acts_without_gradient_get_none() -> None:
+    source = drawn(1, 1, 5)
+    output = scaled_acts(drawn(2, 3, 4).detach(), mask_from_source(drawn(2, 3, 4, seed=1).detach(), source))
+    assert torch.autograd.grad(output.sum(), source)[0].shape == source.shape
+
+
+@pytest.mark.parametrize("chunk", [1, 14, 10**6])
+def test_kl_and_its_gradient_in_any_chunks(chunk: int) -> None:
+    logits, reference = (drawn(5, 7) * 8 - 4).detach().requires_grad_(), drawn(5, 7, seed=1).detach() * 8
+    expected = F.kl_div(logits.log_softmax(-1), reference.log_softmax(-1), reduction="sum", log_target=True)
+    found = kl_sum(logits, reference, chunk)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-14)
+    (ours,), (theirs,) = (torch.autograd.grad(3 * value, logits) for value in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    assert float(kl_sum(reference.clone(), reference, chunk)) == 0.0
+
+
+def test_kl_of_half_precision_is_summed_in_single() -> None:
+    logits = (drawn(4, 9) * 4).detach().to(torch.bfloat16).requires_grad_()
+    value = kl_sum(logits, torch.zeros(4, 9, dtype=torch.bfloat16), 20)
+    assert value.dtype == torch.float32
+    assert torch.autograd.grad(value, logits)[0].dtype == torch.bfloat16
