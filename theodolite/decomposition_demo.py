@@ -83,9 +83,10 @@ def last_test(run: Path) -> dict[str, Any]:
 
 
 def attack_rows(run: Path) -> list[dict[str, Any]]:
-    """The table of the test's attacks."""
-    files = sorted((run / "pgd").glob("*.test.*.json"))
-    return json.loads(files[-1].read_text())["results"]
+    """The table of the test's attacks, the largest attack batch first."""
+    tables = [json.loads(path.read_text()) for path in sorted((run / "pgd").glob("*.test.*.json"))]
+    tables.sort(key=lambda table: -table["attack_batch_size"])
+    return [row for table in tables for row in table["results"]]
 
 
 def recovery_row(run: Path) -> dict[str, float]:

@@ -12,6 +12,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from theodolite.functional.identity_error import dense_order, identity_order
@@ -31,6 +32,7 @@ def draw_importances(importances: Mapping[str, Tensor], orders: Mapping[str, Ten
         matrix = importances[name][:, orders[name]]
         image = axes.imshow(matrix.tolist(), vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
         axes.set(title=name, xlabel="component (permuted)", ylabel="active feature")
+        _whole_ticks(axes, "both")
         axes.figure.colorbar(image, ax=axes, label="causal importance", shrink=0.85)
 
     return _panels(list(importances), draw)
@@ -47,6 +49,7 @@ def draw_components(matrices: Mapping[str, tuple[Tensor, Tensor]], orders: Mappi
         bound = float(matrix.abs().max()) or 1.0
         image = axes.imshow(matrix.tolist(), vmin=-bound, vmax=bound, cmap="RdBu", aspect="auto", interpolation="nearest")
         axes.set(title=f"{side} of {name}", xlabel="component (permuted)", ylabel="input" if side == "V" else "output")
+        _whole_ticks(axes, "both")
         axes.figure.colorbar(image, ax=axes, label="weight", shrink=0.85)
 
     return _panels(keys, draw)
@@ -74,6 +77,7 @@ def draw_mean_importances(means: Mapping[str, Tensor]) -> bytes:
         values = means[name].sort(descending=True).values
         axes.plot(values.clamp_min(1e-8).tolist() if axis == "logarithmic" else values.tolist(), ".-", color=BLUE)
         axes.set(title=f"{name} ({axis})", xlabel="component (sorted)", ylabel="mean causal importance")
+        _whole_ticks(axes, "x")
         if axis == "logarithmic":
             axes.set_yscale("log")
 
@@ -105,6 +109,11 @@ def draw_attacks(curves: Mapping[str, Mapping[int, float]]) -> bytes:
 def histogram(values: Tensor, low: float, high: float, bins: int = 50) -> Tensor:
     """Counts in equal bins; what lies outside goes to the outermost ones."""
     return torch.histc(values.detach().to(torch.float32).clamp(low, high), bins=bins, min=low, max=high).cpu()
+
+
+def _whole_ticks(axes: Axes, which: str) -> None:
+    for axis in [axes.xaxis, axes.yaxis][: 1 if which == "x" else 2]:
+        axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _panels(names: list[str], draw: Callable[[Axes, str], None]) -> bytes:
