@@ -104,15 +104,10 @@ def _losses(source: ActivationSource, tokens: Tensor, splices: list[Splice | Non
 def _log_probs(source: ActivationSource, tokens: Tensor, splice: Splice | None) -> Tensor:
     """(B * (T - 1), V) float32 log-probabilities of the next tokens."""
     model: Any = source.producer
-    attention = torch.ones_like(tokens)
-    if splice is None:
-        logits = model(input_ids=tokens, attention_mask=attention).logits
-    else:
-        with (
-            capture_sites(model, [source.input_site]) as captured,
-            replace_sites(model, {source.target_site: lambda target: splice(captured[source.input_site], target)}),
-        ):
-            logits = model(input_ids=tokens, attention_mask=attention).logits
+    with capture_sites(model, [source.input_site]) as captured:  # the untouched pass too: no other thread's hooks may see it
+        replacements = {} if splice is None else {source.target_site: lambda target: splice(captured[source.input_site], target)}
+        with replace_sites(model, replacements):
+            logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
     return logits[:, :-1].float().log_softmax(dim=-1).reshape(-1, logits.shape[-1])
 
 

@@ -17,7 +17,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from threading import Lock, RLock
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -220,9 +222,22 @@ def _recorder(captured: dict[ActivationSite, Tensor], site: ActivationSite, stop
     return record
 
 
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_LOCKS_LOCK = Lock()
+
+
+def _lock(block: nn.Module) -> Any:
+    """One re-entrant lock for each model: hooks see every pass through a module, also that of another thread."""
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(block, RLock())
+
+
 @contextmanager
 def _hooks(model: nn.Module, functions: Mapping[ActivationSite, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    """Hooks for the time of the context, during which no other thread may have hooks on the model."""
     blocks, handles = find_blocks(model), []
+    lock = _lock(blocks.modules[0])
+    lock.acquire()
     try:
         for site, function in functions.items():
             handles.append(hook_point(*blocks.point(site), blocks.layout.unit_offset, function))
@@ -230,6 +245,7 @@ def _hooks(model: nn.Module, functions: Mapping[ActivationSite, Callable[[Tensor
     finally:
         for handle in handles:
             handle.remove()
+        lock.release()
 
 
 def _are_blocks(modules: nn.ModuleList, size: ModelSize, layout: BlockLayout) -> bool:

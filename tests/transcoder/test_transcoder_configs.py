@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,14 +19,21 @@ from theodolite.lightning_modules.transcoder.weights import load_own  # noqa: E4
 from theodolite.reports.compare_transcoders import build_comparison  # noqa: E402
 
 CONFIGS = TESTS.parent / "configs" / "transcoder"
-TINY = [
-    "--model.latents=512", "--model.prefix_blocks=[32, 64, 128, 288]", "--model.k=4", "--model.warmup_steps=2", "--model.lr=0.005",
-    "--data.dtype=float32", "--data.tokenizer=bytes", "--data.text=SyntheticEnglish", "--data.text.documents=200", "--data.buffer_rows=32",
-    "--data.global_batch_size=128", "--data.packing={length: 32, bos: row}", "--data.validation_rows=8", "--data.validation_share=0.2",
-    "--trainer.max_steps=12", "--trainer.val_check_interval=6", "--trainer.accelerator=cpu", "--trainer.precision=32-true",
-    "--trainer.log_every_n_steps=3", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
-    "--trainer.callbacks=SpliceEvaluation", "--trainer.callbacks.sequences=4",
-]  # fmt: skip
+TINY: dict[str, Any] = {
+    "model": {"init_args": {"latents": 512, "prefix_blocks": [32, 64, 128, 288], "k": 4, "warmup_steps": 2, "lr": 0.005}},
+    "data": {
+        "init_args": {
+            "text": {"class_path": "theodolite.datamodules.text.documents.SyntheticEnglish", "init_args": {"documents": 200}},
+            "dtype": "float32", "tokenizer": "bytes", "buffer_rows": 32, "global_batch_size": 128, "packing": {"length": 32},
+            "validation_rows": 8, "validation_share": 0.2,
+        }
+    },
+    "trainer": {
+        "max_steps": 12, "val_check_interval": 6, "accelerator": "cpu", "precision": "32-true", "log_every_n_steps": 3,
+        "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
+        "callbacks": [{"class_path": "theodolite.callbacks.transcoder_splice.SpliceEvaluation", "init_args": {"sequences": 4}}],
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +46,10 @@ def test_the_gemma_configs_run_on_a_tiny_gemma(tmp_path: Path) -> None:
     """Corrected and legacy sites, then both on one page."""
     model = tiny_language_model("gemma2", vocab_size=258, num_hidden_layers=10)
     model.save_pretrained(tmp_path / "gemma")  # type: ignore[operator]
+    (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
     layers = [f"--config={CONFIGS / name}.yaml" for name in ("gpt2", "gemma2_2b")]
     for arm, more in (("corrected", []), ("legacy", [f"--config={CONFIGS / 'gemma2_2b_legacy.yaml'}"])):
-        common = [*layers, *more, *TINY, f"--data.model={tmp_path}/gemma"]
+        common = [*layers, *more, f"--config={tmp_path}/tiny.yaml", f"--data.model={tmp_path}/gemma"]
         main(["fit", *common, f"--run_dir={tmp_path}/{arm}"])
         main(["test", *common, f"--model.pretrained={tmp_path}/{arm}/transcoder", f"--run_dir={tmp_path}/{arm}"])
     weights = load_own(tmp_path / "legacy" / "transcoder")
