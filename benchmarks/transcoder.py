@@ -1,17 +1,17 @@
 """What a training step of a sparse coder costs, beside sparsify, SAELens, dictionary_learning and the naive nested scheme.
 
     make bench-transcoder [JSON=FILE]
-    python benchmarks/transcoder.py --rounds 7 --json result.json
+    python benchmarks/transcoder.py --steps 21 --json result.json
 
 Width 256, 4096 latents, 32 active, batches of 1024 tokens, fp32, one thread, activations in memory. Ours is a real ``fit`` of
 ``TranscoderModule``: from ``on_train_batch_start`` to ``on_train_batch_end``, optimizer, logging and dead-latent counters included. After
 each of our steps every peer takes one of its own, on the same batch, so all see the same machine; each peer runs the step of its own
-trainer class (sparsify's trainer needs a GPU: its module, its loss, Adam and its counters). A case is the median CPU time over ``--rounds``
-times ``--steps`` steps after a warm-up; ``ratio`` is the peer's over ours.
+trainer class (sparsify's trainer needs a GPU: its module, its loss, Adam and its counters). A case is the median CPU time over
+``--steps`` steps after a warm-up; ``ratio`` is the peer's over ours.
 
 The nested cases have five prefixes (1/16, 1/8, 1/4, 1/2, 1). ``naive`` trains the same nested loss in plain PyTorch, with a flat
-selection and every prefix decoded from its first latent. ``--producer`` also measures tokens per second end to end: a language model
-that makes the activations, and the coder that learns from them.
+selection and every prefix decoded from its first latent. Last, without a peer: tokens per second end to end, with a Gemma-2 of width 256
+and 4 layers (random weights, bytes of text made on the spot) that makes the activations of its third layer while the coder learns.
 """
 
 from __future__ import annotations
@@ -37,11 +37,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from theodolite.datamodules.activations.datamodule import ActivationDataModule
+from theodolite.datamodules.text.documents import SyntheticEnglish
+from theodolite.datamodules.text.packing import Packing
 from theodolite.lightning_modules.transcoder import TranscoderModule
 
 WIDTH, LATENTS, ACTIVE, BATCH = 256, 4096, 32, 1024
 FRACTIONS = [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
 PREFIXES = [round(fraction * LATENTS) for fraction in FRACTIONS]
+QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 BARS = {
     "sparsify transcoder, Adam": 1.4,
     "SAELens TopK": 2.5,
@@ -200,8 +204,7 @@ def measure(case: str, module: TranscoderModule, peers: Mapping[str, Step], step
     """Alternate ours and the peers; the first three steps warm up."""
     clock, data = Alternate(peers), batches(8)
     loader = DataLoader([data[i % len(data)] for i in range(steps + 3)], batch_size=None)  # pyright: ignore[reportArgumentType]
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    Trainer(max_steps=steps + 3, accelerator="cpu", devices=1, callbacks=[clock], **quiet).fit(module, loader)
+    Trainer(max_steps=steps + 3, accelerator="cpu", devices=1, callbacks=[clock], **QUIET).fit(module, loader)
     medians = {name: [statistics.median(column) for column in zip(*values[3:], strict=True)] for name, values in clock.seconds.items()}
     rows = []
     for name in peers:
@@ -214,6 +217,39 @@ def measure(case: str, module: TranscoderModule, peers: Mapping[str, Step], step
             flush=True,
         )
     return rows
+
+
+def end_to_end(steps: int) -> dict[str, Any]:
+    """Tokens per second of producer and coder together, by CPU time and by the wall; the producer stops after the site's layer."""
+    producer = {"model_type": "gemma2", "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 4, "head_dim": 64}
+    producer |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "sliding_window": 512}
+    sites = {"input_site": "mlp_in.2", "target_site": "mlp_out.2", "tokenizer": "bytes"}
+    packing = Packing(length=128)
+    data = ActivationDataModule(
+        producer, SyntheticEnglish(), **sites, global_batch_size=BATCH, buffer_rows=64, packing=packing, repeat=True, prefetch=False, seed=0
+    )
+    settings: dict[str, Any] = {"latents": LATENTS, "k": ACTIVE, "prefixes": FRACTIONS, "lr": 3e-4, "warmup_steps": 0, "seed": 0}
+    clock = Marks()
+    Trainer(max_steps=steps + 8, accelerator="cpu", devices=1, callbacks=[clock], limit_val_batches=0, **QUIET).fit(
+        TranscoderModule(**settings, export=False, calibrate=False), data
+    )
+    # whole rounds of the producer: activations come in rounds, not with every step
+    spent = [last - first for first, last in zip(clock.marks[8], clock.marks[-1], strict=True)]
+    tokens = BATCH * (len(clock.marks) - 9)
+    row = {"case": "five prefixes, end to end with a producer", "ours": tokens / spent[0], "peer": None, "ratio": None}
+    print(f"{row['case']:62s} {row['ours']:.0f} tokens per CPU second ({tokens / spent[1]:.0f} by the wall), n={steps} steps", flush=True)
+    return row | {"unit": "tokens per CPU s", "n": steps, "ours_wall": tokens / spent[1]}
+
+
+class Marks(Callback):
+    """CPU and wall clock after every batch."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[float, float]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Read both clocks."""
+        self.marks.append((time.process_time(), time.perf_counter()))
 
 
 def main() -> None:
@@ -241,6 +277,7 @@ def main() -> None:
         "SAELens Matryoshka": saelens_step(nested=True),
     }
     results += measure("five prefixes, BatchTopK", ours(nested=True, activation="batchtopk"), nested, options.steps)
+    results.append(end_to_end(max(64, options.steps)))
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 
