@@ -8,6 +8,7 @@ from theodolite.callbacks.direction_checks import DirectionChecks
 from theodolite.callbacks.direction_sources import DirectionSource, GradientDifference, HaarRandom
 from theodolite.callbacks.fvu import FVUCallback
 from theodolite.callbacks.gradient_projection import GradientProjectionCallback
+from theodolite.callbacks.heartbeat import Heartbeat
 from theodolite.callbacks.live_direction import LiveGradientDifference
 from theodolite.callbacks.oracle import OraclePenalty, OracleScreening
 from theodolite.callbacks.pgd_recon_loss import PGDReconLossCallback

@@ -25,6 +25,8 @@ class ManualModule(L.LightningModule):
         min_lr_fraction: Where a decaying schedule ends, as a fraction of the learning rate.
         max_grad_norm: Gradient-norm clip, applied after all callbacks have seen the gradient; 0 = off.
         seconds: Wall time of each phase of the current step.
+        phase: What is being done; None between phases.
+        phase_started: Since when, on the monotonic clock.
     """
 
     warmup_steps: int
@@ -32,6 +34,8 @@ class ManualModule(L.LightningModule):
     min_lr_fraction: float
     max_grad_norm: float
     seconds: dict[str, float]
+    phase: str | None = None
+    phase_started: float | None = None
 
     def _lr_factor(self, step: int) -> float:
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
@@ -61,9 +65,11 @@ class ManualModule(L.LightningModule):
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the wall time of a phase to ``self.seconds``."""
-        start = time.perf_counter()
+        """Add the wall time of a phase to ``self.seconds``, and say meanwhile in ``self.phase`` what is being done."""
+        outer, start = (self.phase, self.phase_started), time.perf_counter()
+        self.phase, self.phase_started = phase, time.monotonic()
         try:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+            self.phase, self.phase_started = outer

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -22,23 +21,28 @@ def merged_adapter(model: nn.Module) -> Iterator[None]:
     Args:
         model: Any model; one without a LoRA adapter is left as it is.
     """
-    peft_model = model if isinstance(model, PeftModel) else None
-    if peft_model is None:
-        yield
-        return
+    adapted: list[tuple[nn.Module, str, Any]] = [
+        (parent, name, layer) for parent in model.modules() for name, layer in parent.named_children() if _is_adapted(layer)
+    ]
     originals: list[tuple[nn.Parameter, Tensor]] = []
     try:
-        with torch.no_grad(), peft_model.disable_adapter():
-            for layer in peft_model.modules():
-                if isinstance(layer, LoraLayer) and hasattr(layer, "get_delta_weight"):
-                    weight: Any = layer.get_base_layer().weight  # pyright: ignore[reportAttributeAccessIssue]
-                    originals.append((weight, weight.data))
-                    merged = weight.data
-                    for name in layer.active_adapters:
-                        if name in layer.lora_A:
-                            merged = merged + layer.get_delta_weight(name).to(merged)  # pyright: ignore[reportCallIssue]
-                    weight.data = merged
-            yield
+        with torch.no_grad():
+            for parent, name, layer in adapted:
+                weight = layer.get_base_layer().weight
+                originals.append((weight, weight.data))
+                merged = weight.data
+                for adapter in layer.active_adapters if not layer.disable_adapters else ():
+                    if adapter in layer.lora_A:
+                        merged = merged + layer.get_delta_weight(adapter).to(merged)
+                weight.data = merged
+                setattr(parent, name, layer.get_base_layer())  # so that the adapter's own bookkeeping is not paid for either
+        yield
     finally:
         for weight, original in originals:
             weight.data = original
+        for parent, name, layer in adapted:
+            setattr(parent, name, layer)
+
+
+def _is_adapted(layer: Any) -> bool:
+    return isinstance(layer, LoraLayer) and hasattr(layer, "get_delta_weight") and isinstance(layer.get_base_layer(), nn.Module)

@@ -20,6 +20,7 @@ from theodolite.distributed import gather_objects
 from theodolite.protocols import Chat, Environment, TokenSequence
 from theodolite.seeds import derive_seed, run_seed
 
+from .adapter_checkpoints import AdapterCheckpoints
 from .decoding import Sampling
 from .evaluation import add_sums, completion_row, outcome_sums, rates, write_completions
 from .manual import SCHEDULES, ManualModule
@@ -29,7 +30,7 @@ from .scoring import completion_log_probs, completion_states, pad_sequences, sha
 from .tokenizer import train_tokenizer
 
 
-class PolicyModule(ManualModule):
+class PolicyModule(AdapterCheckpoints, ManualModule):
     """A causal language model that can be evaluated as an answerer of problems.
 
     Subclasses add how it is trained, with manual optimisation. The model is built in ``configure_model``, after every config has been
@@ -134,8 +135,6 @@ class PolicyModule(ManualModule):
         self._sums: dict[int, list[dict[str, tuple[float, float]]]] = {}
         self._graded: dict[int, int] = {}
         self.seconds: dict[str, float] = {}
-
-    # ------------------------------------------------------------------ building
 
     def configure_model(self) -> None:
         """Build tokenizer and model once; Lightning calls this before fit, validate and test."""
@@ -246,8 +245,6 @@ class PolicyModule(ManualModule):
         """States after decoder layer ``layer`` (B, T, d) and the completion mask (B, T), without gradient."""
         batch = pad_sequences(sequences, self.pad_id, self.device)
         return completion_states(self.causal_lm, batch, layer), batch.mask
-
-    # ------------------------------------------------------------------ sampling and evaluation
 
     def sample(
         self, rows: Sequence[Any], n: int, sampling: Sampling, *purpose: int | str

@@ -227,7 +227,9 @@ class GRPOModule(CollectionModule):
         optimizer = cast(LightningOptimizer, self.optimizers())
         lr = float(optimizer.param_groups[0]["lr"])
         by_part = wants_parts(cast(Any, self.trainer).callbacks)
-        for _ in range(self.updates_per_window):
+        for update in range(self.updates_per_window):
+            if update:
+                microbatches = self.microbatches(window, repeats)  # smaller ones, where memory ran out
             optimizer.zero_grad()
             self._check_path_once(window, microbatches)
             with self.timed("gradients"):

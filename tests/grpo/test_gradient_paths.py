@@ -9,41 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tiny_policies import POLICIES, TinyPrompts, ragged, tiny_model
+from grpo_fits import fit
+from tiny_policies import POLICIES, ragged, tiny_model
 
 from theodolite.functional import head_log_probs as head
-from theodolite.lightning_modules import GRPOModule
 from theodolite.lightning_modules.grpo.self_check import check_gradient_path
 from theodolite.lightning_modules.policy import add_lora
 from theodolite.lightning_modules.scoring import completion_log_probs, pad_sequences
 from theodolite.lightning_modules.split_prefix import SplitPrefix, supports_split_prefix, take_apart
 
 SHAPES = [(9, 4), (9, 12), (9, 1), (3, 7), (3, 0), (17, 5), (1, 6), (17, 5), (9, 3)]
-TINY: dict[str, Any] = {"policy": POLICIES["qwen3"], "train_tokenizer": {"vocab_size": 280}, "max_new_tokens": 12, "group_size": 4}
-
-
-class PlainDescent(GRPOModule):
-    """Adam would turn a gradient of 0, such as that of a key's bias, into a step of float noise."""
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.trainable_parameters(), lr=self.lr)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)}}
-
-
-def fit(path: Path, *callbacks: Any, steps: int = 2, **settings: Any) -> tuple[GRPOModule, Trainer]:
-    module = PlainDescent(**(TINY | {"lr": 1e-2, "export": False, "seed": 3} | settings))
-    quiet: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    limits = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0, "default_root_dir": path, "log_every_n_steps": 1}
-    trainer = Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **quiet, **limits)  # pyright: ignore[reportArgumentType]
-    trainer.fit(module, datamodule=TinyPrompts())
-    return module, trainer
-
-
 # -- the head ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -143,8 +123,8 @@ def test_a_fit_on_the_fast_path_learns_what_the_padded_one_does(tmp_path: Path, 
     adapter = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False} if lora else None
     settings: dict[str, Any] = {"policy": POLICIES[kind], "lora": adapter, "lr": 0.1, "max_grad_norm": 0.0}
     with caplog.at_level("INFO", logger="lightning.pytorch"):
-        fast, trainer = fit(tmp_path, split_backward=True, token_budget=40, **settings)
-    slow, plain = fit(tmp_path, shared_prefix=False, **settings)
+        fast, trainer = fit(tmp_path, steps=2, split_backward=True, token_budget=40, **settings)
+    slow, plain = fit(tmp_path, steps=2, shared_prefix=False, **settings)
     assert (fast.backbone is None) == (kind == "gemma2_window")
     assert ("not exact for this architecture" in caplog.text) == (kind == "gemma2_window")
     assert fast._checked == (kind != "gemma2_window")

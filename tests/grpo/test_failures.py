@@ -1,0 +1,90 @@
+"""Memory that runs out, environments that raise or hang, rewards that are no numbers: defined, said, and never a hang."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from grpo_fits import Gradients, PlainDescent, deviation, fit
+from tiny_policies import Row, TextGrader, TinyPrompts
+
+from theodolite.protocols import Grade
+
+
+class Cramped(PlainDescent):
+    """Memory for ``most`` rows at once."""
+
+    most = 4
+    tried: list[int]
+
+    def microbatch_loss(self, window: Any, indices: Any, *arguments: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.tried = [*getattr(self, "tried", []), len(indices)]
+        loss, sums = super().microbatch_loss(window, indices, *arguments)
+        if len(indices) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return loss, sums
+
+
+@pytest.mark.parametrize("settings", [{}, {"split_backward": True}, {"beta": 0.2, "updates_per_window": 2}, {"micro_batch_size": 8}])
+def test_out_of_memory_halves_the_microbatch_and_the_gradients_stay(
+    tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    plain, cramped = Gradients(), Gradients()
+    fit(tmp_path, plain, max_grad_norm=0.0, steps=2, **settings)
+    monkeypatch.setattr("grpo_fits.PlainDescent", Cramped)
+    module, _ = fit(tmp_path, cramped, max_grad_norm=0.0, steps=2, **settings)
+    assert isinstance(module, Cramped)
+    for one, other in zip(cramped.seen, plain.seen, strict=True):
+        assert deviation(one, other) < 1e-5
+    assert "microbatches are halved" in caplog.text
+    first_fit = module.tried.index(next(n for n in module.tried if n <= 4))
+    assert max(module.tried[first_fit:]) <= 4, "what did not fit once is not tried again"
+
+
+def test_one_row_that_does_not_fit_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_fits.PlainDescent", Cramped)
+    monkeypatch.setattr(Cramped, "most", 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(tmp_path)
+
+
+class Broken(TextGrader):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def grade(self, rows: Sequence[Row], completions: Sequence[str]) -> list[Grade]:
+        if self.how == "raises":
+            raise KeyError("tests")
+        time.sleep(30)
+        return []
+
+
+@pytest.mark.parametrize(("how", "said"), [("raises", "KeyError: 'tests'"), ("hangs", "no grades after 0.2 s")])
+def test_an_environment_that_raises_or_hangs_stops_the_run_with_its_reason(tmp_path: Path, how: str, said: str) -> None:
+    data = TinyPrompts()
+    data.environment = Broken(how)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=f"Grading failed at step 0 on rank 0 .*{said}"):
+        fit(tmp_path, data=data, grading_timeout_s=0.2)
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("settings", [{"split_backward": True}, {"truncated": "mask"}, {"truncated": "exclude"}, {"zero_variance": "drop"}])
+@pytest.mark.parametrize("rewards", ["nan", "all_nan", "constant"])
+@pytest.mark.parametrize("length", [1, 12])
+def test_degenerate_windows_are_steps_like_any_other(tmp_path: Path, settings: dict[str, Any], rewards: str, length: int) -> None:
+    module, trainer = fit(tmp_path, data=TinyPrompts(rewards=rewards), max_new_tokens=length, **settings)
+    assert trainer.global_step == 1
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    assert math.isfinite(float(trainer.logged_metrics["train/loss"]))

@@ -1,0 +1,214 @@
+"""Truncated completions, groups without signal, several rewards, and penalties: who is counted, and what reaches the gradient."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from grpo_fits import PlainDescent, fit
+from tiny_policies import Row, TextGrader, TinyPrompts
+
+from theodolite.functional.advantages import gdpo_advantages
+from theodolite.protocols import Grade, Reward, Verdict, Window
+from theodolite.seeds import derive_seed
+
+
+class Seen(Callback):
+    """The window after advantages, and its totals."""
+
+    def __init__(self) -> None:
+        self.window: Any = None
+        self.totals: Any = None
+        self.active: list[int] = []
+
+    def on_advantages(self, trainer: Any, pl_module: Any, window: Window) -> None:
+        self.window, self.totals = window, pl_module.totals(window)
+        ones = torch.ones(len(window.rollouts), dtype=torch.float64)
+        self.active = [i for m in pl_module.microbatches(window, ones) for i in m]
+
+
+def seen(path: Path, **settings: Any) -> tuple[Seen, PlainDescent, dict[str, float]]:
+    watch = Seen()
+    module, trainer = fit(path, watch, **settings)
+    return watch, module, {name: float(value) for name, value in trainer.logged_metrics.items()}  # pyright: ignore[reportReturnType]
+
+
+def lengths(window: Window) -> list[int]:
+    return [len(rollout.tokens.completion_ids) for rollout in window.rollouts]
+
+
+# -- truncated completions -----------------------------------------------------------------------------------------------------------------
+
+
+def test_truncated_completions_leave_loss_and_denominators_and_on_request_the_group_s_mean(tmp_path: Path) -> None:
+    kept, _, _ = seen(tmp_path)
+    cut_off = [i for i, rollout in enumerate(kept.window.rollouts) if rollout.finish == "length"]
+    ended = [i for i in range(16) if i not in cut_off]
+    assert cut_off, "the random policy must run into the limit"
+    assert ended
+    assert kept.totals.tokens == sum(lengths(kept.window))
+    assert set(cut_off) & set(kept.active)
+    masked, _, _ = seen(tmp_path, truncated="mask")
+    assert masked.totals.rollouts == len(ended)
+    assert masked.totals.tokens == sum(lengths(masked.window)[i] for i in ended)
+    assert not set(cut_off) & set(masked.active)
+    torch.testing.assert_close(masked.window.advantages, kept.window.advantages)
+    excluded, _, _ = seen(tmp_path, truncated="exclude")
+    assert excluded.window.values[cut_off].isnan().all()
+    assert excluded.totals == masked.totals
+
+
+# -- groups without signal -----------------------------------------------------------------------------------------------------------------
+
+
+class Uneven(TextGrader):
+    """Some problems earn the same whatever is written, until grading was asked for often enough."""
+
+    def __init__(self, dead: Sequence[str], until: int) -> None:
+        super().__init__()
+        self.dead, self.until, self.calls = set(dead), until, 0
+        self.asked: list[list[str]] = []
+
+    def grade(self, rows: Sequence[Row], completions: Sequence[str]) -> list[Grade]:
+        self.calls += 1
+        self.asked.append([row.id for row in rows])
+        return super().grade(rows, completions)
+
+    def one(self, row: Row, text: str) -> Grade:
+        value = 0.5 if row.id in self.dead and self.calls < self.until else derive_seed(row.id, text.encode().hex()) % 5 / 4
+        return Grade(Reward(value, value > 0.5, True), Verdict(False, "incorrect", "ok", False))
+
+
+def uneven(until: int = 99) -> tuple[TinyPrompts, Uneven]:
+    data, grader = TinyPrompts(rows=4), Uneven(("train0", "train1"), until)
+    data.environment = grader
+    return data, grader
+
+
+def test_groups_without_signal_are_skipped_but_counted_or_dropped_and_not_counted(tmp_path: Path) -> None:
+    skipped, _, logged = seen(tmp_path, data=uneven()[0])
+    dead = [i for i, rollout in enumerate(skipped.window.rollouts) if rollout.problem in ("train0", "train1")]
+    assert len(dead) == 8
+    assert logged["train/groups_with_signal"] == 0.5
+    assert not set(dead) & set(skipped.active)
+    assert skipped.totals.rollouts == 16
+    dropped, _, _ = seen(tmp_path, data=uneven()[0], zero_variance="drop")
+    assert dropped.totals.rollouts == 8
+    assert dropped.totals.tokens == sum(n for i, n in enumerate(lengths(dropped.window)) if i not in dead)
+    pulled, _, _ = seen(tmp_path, data=uneven()[0], beta=0.1)
+    assert set(dead) & set(pulled.active), "with a KL term a group without signal still pulls towards the reference"
+    free, _, _ = seen(tmp_path, data=uneven()[0], beta=0.1, zero_variance="drop")
+    assert not set(dead) & set(free.active)
+
+
+def test_refilling_samples_only_dead_groups_again_a_bounded_number_of_times_and_reports_both(tmp_path: Path) -> None:
+    data, grader = uneven(until=3)
+    found, _, logged = seen(tmp_path, data=data, zero_variance="refill", refill_attempts=5)
+    calls = grader.asked
+    assert len(calls) == 3, "graded, still dead, then refilled"
+    assert {row for call in calls[1:] for row in call} == {"train0", "train1"}
+    assert logged["train/groups_with_signal"] == 1.0
+    assert logged["train/refill_accepted"] == 0.5
+    assert [rollout.slot for rollout in found.window.rollouts] == [i // 4 for i in range(16)]
+    assert logged["train/reward_mean_before_refill"] != pytest.approx(logged["train/reward_mean"])
+    never, grader = uneven()
+    _, _, logged = seen(tmp_path, data=never, zero_variance="refill", refill_attempts=2)
+    assert len(grader.asked) == 3
+    assert logged["train/refill_accepted"] == 0.0
+    assert logged["train/groups_with_signal"] == 0.5
+
+
+# -- several rewards, penalties ------------------------------------------------------------------------------------------------------------
+
+
+class TwoRewards(TextGrader):
+    def one(self, row: Row, text: str) -> Grade:
+        number = derive_seed(row.id, text.encode().hex())
+        parts = {"style": number % 3 / 2, "size": float("nan") if number % 7 == 0 else 100.0 * (number % 5)}
+        return Grade(Reward(0.125, True, True, parts), Verdict(False, "incorrect", "ok", False))
+
+
+def two_rewards() -> TinyPrompts:
+    data = TinyPrompts()
+    data.environment = TwoRewards()
+    return data
+
+
+def test_components_are_weighted_and_added_or_normalised_first_and_logged_by_name(tmp_path: Path) -> None:
+    weights = {"style": 2.0, "size": 0.5}
+    summed, _, logged = seen(tmp_path, data=two_rewards(), reward_weights=weights)
+    parts = [reward.parts for reward in summed.window.rewards]
+    expected = [2.0 * p["style"] + (0.5 * p["size"] if p["size"] == p["size"] else 0.0) for p in parts]
+    assert summed.window.values.tolist() == pytest.approx(expected)
+    scored = [p["size"] for p in parts if p["size"] == p["size"]]
+    assert 0 < len(scored) < 16
+    assert logged["train/reward/size"] == pytest.approx(sum(scored) / len(scored))
+    separate, _, _ = seen(tmp_path, data=two_rewards(), reward_weights=weights, reward_mix="gdpo")
+    columns = torch.tensor([[p["style"], p["size"], 0.0] for p in parts], dtype=torch.float64)
+    torch.testing.assert_close(separate.window.advantages, gdpo_advantages(columns, torch.tensor([2.0, 0.5, 1.0]), 4))
+
+
+def test_what_a_callback_does_to_values_counts_under_gdpo_too(tmp_path: Path) -> None:
+    class Penalise(Callback):
+        def on_rollouts(self, trainer: Any, pl_module: Any, window: Window) -> None:
+            window.values[::4] -= 1000.0
+
+    watch = Seen()
+    weights = {"style": 1.0, "size": 1.0}
+    fit(tmp_path, Penalise(), watch, data=two_rewards(), reward_weights=weights, reward_mix="gdpo")
+    assert (watch.window.advantages.view(-1, 4)[:, 0] < watch.window.advantages.view(-1, 4)[:, 1:].amax(dim=1)).all()
+    without, _, _ = seen(tmp_path, data=two_rewards(), reward_weights=weights, reward_mix="gdpo")
+    assert (watch.window.advantages[::4] < without.window.advantages[::4]).all()
+
+
+def test_overlong_completions_lose_reward_before_advantages(tmp_path: Path) -> None:
+    plain, _, _ = seen(tmp_path)
+    shaped, _, logged = seen(tmp_path, overlong_buffer=8)
+    for before, after, n in zip(plain.window.values, shaped.window.values, lengths(plain.window), strict=True):
+        assert float(after - before) == pytest.approx(-max(0.0, n - 4) / 8)
+    graded = [reward.value for reward in shaped.window.rewards]
+    assert logged["train/reward_mean"] == pytest.approx(sum(graded) / 16), "the reward that is logged is the environment's"
+
+
+def test_k1_in_the_reward_lowers_it_by_the_sequence_s_divergence_and_leaves_no_kl_term(tmp_path: Path) -> None:
+    watch = Seen()
+    lora = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    module, trainer = fit(tmp_path, watch, beta=0.25, kl_estimator="k1_reward", lora=lora)
+    fresh, _ = fit(tmp_path, lora=lora, lr=0.0)
+    rollouts = watch.window.rollouts
+    with torch.no_grad():
+        reference = fresh.reference_log_probs([rollout.tokens for rollout in rollouts]).sum(dim=1)
+    for i, rollout in enumerate(rollouts):
+        divergence = sum(rollout.sampler_log_probs) - float(reference[i])
+        assert float(watch.window.values[i]) == pytest.approx(watch.window.rewards[i].value - 0.25 * divergence, abs=1e-4)
+    assert module.beta_in_loss == 0.0
+    assert "train/kl" in trainer.logged_metrics
+
+
+@pytest.mark.parametrize("mode", ["token_tis", "sequence_mis", "geometric_mis"])
+def test_correcting_for_a_sampler_that_is_the_policy_changes_nothing_and_says_so(tmp_path: Path, mode: str) -> None:
+    _, _, logged = seen(tmp_path, mismatch={"mode": mode, "low": 0.5, "high": 2.0})
+    assert logged["train/mismatch_weight"] == pytest.approx(1.0, abs=1e-5)
+    assert logged["train/sampler_sequence_ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert logged["train/sampler_kl"] == pytest.approx(0.0, abs=1e-8)
+
+
+def test_ratios_against_the_sampler_s_log_probs_are_those_of_a_pass_of_one_s_own(tmp_path: Path) -> None:
+    fits = [fit(tmp_path, steps=3, updates_per_window=3, reuse_sampler_log_probs=reuse, lr=0.1)[0] for reuse in (True, False)]
+    for one, other in zip(*(module.parameters() for module in fits), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_grading_beside_the_passes_without_gradient_changes_nothing(tmp_path: Path) -> None:
+    fits = [fit(tmp_path, steps=4, updates_per_window=2, beta=0.1, overlap_grading=overlap, lr=0.1)[0] for overlap in (True, False)]
+    for one, other in zip(*(module.parameters() for module in fits), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
