@@ -352,7 +352,9 @@ def test_results_of_other_rows_or_k_cannot_stand_in_one_figure(tmp_path: Path, c
 
 def test_runs_are_named_apart() -> None:
     assert run_labels([], [1.0]) == {(None, 1.0): "t1"}
-    assert list(run_labels(["a/last.ckpt", "b/last.ckpt"], [0.8]).values()) == ["a-last-ckpt-t0.8", "b-last-ckpt-t0.8"]
+    assert list(run_labels(["/x/a/last.ckpt", "/x/b/last.ckpt"], [0.8]).values()) == ["a-t0.8", "b-t0.8"]
+    assert list(run_labels(["a/1.ckpt", "b/2.ckpt"], [1.0]).values()) == ["a-1-t1", "b-2-t1"]
+    assert list(run_labels(["runs/sft/talkative"], [0.5, 1.0]).values()) == ["talkative-t0.5", "talkative-t1"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- ranks

@@ -91,8 +91,12 @@ def run_stages(root: str | Path, table: ActivationTable, module: TalkativeAutoen
 
 
 def run_labels(checkpoints: Sequence[str], temperatures: Sequence[float]) -> dict[tuple[str | None, float], str]:
-    """A short, distinct name for every checkpoint and temperature of a sweep."""
-    stems = [Path(path).stem for path in checkpoints]
-    distinct = stems if len(set(stems)) == len(stems) else [path.strip("/").replace("/", "-").replace(".", "-") for path in checkpoints]
+    """A short, distinct name for every checkpoint and temperature of a sweep: the parts of its path that the others do not share."""
+    parts = [Path(path).with_suffix("").parts for path in checkpoints]
+    while len(parts) > 1 and all(len(part) > 1 for part in parts) and len({part[0] for part in parts}) == 1:
+        parts = [part[1:] for part in parts]
+    while len(parts) > 1 and all(len(part) > 1 for part in parts) and len({part[-1] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]
+    distinct = ["-".join(part) for part in parts] if len(parts) > 1 else [part[-1] for part in parts]
     names: list[tuple[str | None, str]] = list(zip(checkpoints, distinct, strict=True)) or [(None, "")]
     return {(path, t): "-".join(filter(None, [name, f"t{t:g}"])) for path, name in names for t in temperatures}

@@ -82,7 +82,7 @@ def render(results: Sequence[Result], kind: Literal["png", "pdf"]) -> bytes:
     with _own_style("light"):
         figure = Figure(figsize=(12.4, 5.2), layout="constrained")
         FigureCanvasAgg(figure)
-        for axes, (_, draw) in zip(figure.subplots(1, 2), panels(results), strict=True):
+        for axes, (_, draw) in zip(figure.subplots(1, 2, sharey=len(results) > 1), panels(results), strict=True):
             draw(axes, "light")
             _legend(axes)
         if kind == "png":
