@@ -71,5 +71,6 @@ def test_fingerprint_changes_with_every_weight_and_with_the_template() -> None:
     [({"layers": 9}, "layers is 9, but the model has 3 layers"), ({"model": MODELS["qwen3"] | {"vocab_size": 50}}, "fewer embeddings")],
 )
 def test_a_model_that_does_not_fit_is_refused_in_one_sentence(settings: dict[str, Any], words: str) -> None:
+    given: dict[str, Any] = {"model": MODELS["qwen3"]} | settings
     with pytest.raises(ValueError, match=words):
-        built(**({"model": MODELS["qwen3"]} | settings))
+        built(**given)

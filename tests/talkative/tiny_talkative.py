@@ -67,8 +67,8 @@ def rows(n: int, seed: int = 0, width: int = WIDTH) -> torch.Tensor:
 
 def data(target: str, cache: Path, **settings: Any) -> CaptionedActivations:
     given: dict[str, Any] = {"documents": ToyCorpus(documents=40), "site": "resid_post.1", "num_positions": 2, "special_tokens": False}
-    sizes = {"train_rows": 48, "eval_rows": 7, "test_rows": 6, "global_batch_size": 8, "eval_batch_size": 4}
-    shares = {"validation_share": 0.2, "test_share": 0.1, "cache_dir": str(cache)}
+    sizes: dict[str, Any] = {"train_rows": 48, "eval_rows": 7, "test_rows": 6, "global_batch_size": 8, "eval_batch_size": 4}
+    shares: dict[str, Any] = {"validation_share": 0.2, "test_share": 0.1, "cache_dir": str(cache)}
     return CaptionedActivations(model=target, **(given | sizes | shares | settings))
 
 
