@@ -11,7 +11,7 @@ PYTEST := $(RUN) -m pytest
 FAST := not slow and not gpu and not peers and not vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm venv-peers bench-projection bench-grading bench-grpo bench-recovery bench-best-of-k demo demo-decomposition demo-transcoder bench-transcoder venv-coders wheel
+.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm venv-peers bench-projection bench-grading bench-grpo bench-recovery bench-best-of-k demo demo-decomposition demo-transcoder bench-transcoder venv-coders wheel demo-talkative
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -101,6 +101,9 @@ demo-transcoder: setup ## nested transcoders on the right and the wrong site, in
 
 demo-decomposition: setup ## decompose a toy model and attack it, in under 5 minutes on 2 cores: runs/demo-decomposition/report/index.html
 	@$(RUN) -m theodolite.decomposition_demo --out runs/demo-decomposition
+
+demo-talkative: setup ## activations in words and back, before and after RL, in under 6 minutes: runs/demo_talkative/sweep/best_of_k/
+	@$(RUN) -m theodolite.demo_talkative --out runs/demo_talkative
 
 wheel: setup ## build the wheel into dist/, test it outside of the repository, check who imports whom
 	@$(RUN) tests/wheel/check_wheel.py --out dist
