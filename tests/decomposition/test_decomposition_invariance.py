@@ -36,11 +36,12 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
         assert difference <= tolerance * max(1e-3, reference.abs().max()), name
 
 
-@pytest.mark.parametrize("micro", [1, 3, 4])
+@pytest.mark.parametrize("micro", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_microbatches_change_nothing(micro: int) -> None:
     assert_same(numbers(0, 1, micro, torch.float64), alone(torch.float64), 1e-9)
 
 
+@pytest.mark.slow
 def test_microbatches_change_nothing_under_binomial_sampling_and_in_float32() -> None:
     assert_same(numbers(0, 1, 2, torch.float64, "binomial"), alone(torch.float64, "binomial"), 1e-9)
     assert_same(numbers(0, 1, 2, torch.float32), alone(torch.float32), 1e-5)

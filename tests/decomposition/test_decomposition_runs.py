@@ -86,6 +86,7 @@ def test_an_induction_head_is_decomposed_and_validated(tmp_path: Path) -> None:
     metrics = [{"name": "ce_kl"}, {"name": "attention_patterns", "n_heads": 1, "q_proj_path": "*q_proj", "k_proj_path": "*k_proj"}]
     changes = {"target": target, "ci_fn": ci_fn, "losses": losses, "metrics": metrics, "modules": {"layers.*.*_proj": 4}}
     settings = config(**changes, sampling="binomial")
+    settings["trainer"] |= {"max_steps": 2, "callbacks": []}
     settings["data"]["init_args"] |= {"kind": "induction", "width": 8, "vocabulary": 8}
     run = fit(tmp_path / "run", settings)
     last = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "val/ce_kl/kl_ci_masked" in row][-1]

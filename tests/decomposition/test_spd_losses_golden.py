@@ -78,6 +78,7 @@ class RecordedDraws(Draws):
         return torch.cat([d["spd"].inputs[f"lm/noise/random_mask/{d['batch']}/{name}"] for name in d["names"]], dim=-1)
 
 
+@lru_cache
 def decomposition(spd: SPDFixture, kind: str, variant: str, loss: str = "kl", delta: bool = True) -> Decomposition:
     model = spd.model(kind)
     config = spd.settings["ci_variants"][variant]["ci_config"]
