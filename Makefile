@@ -11,7 +11,7 @@ PYTEST := $(RUN) -m pytest
 FAST := not slow and not gpu and not peers and not vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm venv-peers bench-projection bench-grading bench-grpo bench-recovery bench-best-of-k demo demo-decomposition demo-transcoder bench-transcoder venv-coders wheel demo-talkative
+.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm venv-peers bench-projection bench-grading bench-grpo bench-recovery bench-best-of-k bench-pgd demo demo-decomposition demo-transcoder bench-transcoder venv-coders wheel demo-talkative
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +76,23 @@ bench-projection: setup ## cost of a projection per optimizer step; JSON=FILE ke
 
 bench-grading: setup ## cost of grading beside one interpreter per execution; JSON=FILE keeps the numbers, PROBLEMS=FILE.jsonl
 	@$(RUN) benchmarks/grading.py $(if $(JSON),--json $(JSON)) $(if $(PROBLEMS),--problems $(PROBLEMS))
+
+# SPD needs Python 3.12 or newer and pins of its own; SPD=folder uses a checkout that is there
+SPD := .venv-spd/spd
+SPD_COMMIT := 2ab728c04940a71ee34948733e0c10e322367509
+
+bench-pgd: .venv-spd/.installed $(SPD) ## attacks and decomposition steps beside SPD's; JSON=FILE keeps the numbers, SPD=checkout
+	@OMP_NUM_THREADS=1 .venv-spd/bin/python benchmarks/pgd.py --spd-root $(SPD) $(if $(JSON),--json $(JSON))
+
+.venv-spd/.installed: pyproject.toml constraints.txt
+	@command -v python3.13 >/dev/null || command -v python3.12 >/dev/null || { echo "make bench-pgd: SPD needs Python 3.12 or 3.13."; exit 1; }
+	@test -x .venv-spd/bin/python || $$(command -v python3.13 || command -v python3.12) -m venv .venv-spd
+	@.venv-spd/bin/python -m pip install -qq --disable-pip-version-check --no-input -e . jaxtyping einops fire python-dotenv "pydantic<2.12" "wandb<0.22" "wandb-workspaces==0.1.12"
+	@touch $@
+
+.venv-spd/spd:
+	@git clone -q https://github.com/goodfire-ai/spd $@
+	@git -C $@ checkout -q $(SPD_COMMIT)
 
 bench-grpo: setup venv-peers ## a GRPO step beside TRL's; JSON=FILE keeps the numbers
 	@OMP_NUM_THREADS=1 .venv-peers/bin/python benchmarks/grpo_vs_trl.py $(if $(JSON),--json $(JSON))
