@@ -27,7 +27,7 @@ def fitting_memory(coder: Transcoder, tokens: int, datamodule: Any, device: torc
     size = CoderSize(coder.d_in, coder.d_out, coder.latents, tokens, len(coder.prefixes), dense, coder.W_skip is not None)
     parts = coder_memory(size)
     parts["coder weights"] = 0  # they are there already
-    model = getattr(datamodule, "model", None)
+    model: Any = getattr(datamodule, "model", None)
     if hasattr(datamodule, "buffer_bytes") and not getattr(datamodule, "buffer_on_cpu", False):
         parts["activation buffer"] = int(datamodule.buffer_bytes)
     if hasattr(model, "config") and not getattr(model, "loaded", True):

@@ -14,6 +14,7 @@ Where it deviates from the papers: docs/transcoder.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -209,9 +210,9 @@ class TranscoderModule(ManualModule):
         return self.coder(inputs)
 
     def setup(self, stage: str) -> None:
-        """Refuse weights in 16 bits: Adam's steps are below their resolution, and the threshold with them."""
-        if str(self.trainer.precision) in ("bf16-true", "16-true"):
-            raise ValueError(f"trainer.precision={self.trainer.precision} rounds Adam's steps away; use bf16-mixed or 32-true.")
+        """Refuse weights in 16 bits (Adam's steps are below their resolution) and scaled gradients (clipping would see the scale)."""
+        if str(self.trainer.precision) in ("bf16-true", "16-true", "16-mixed"):
+            raise ValueError(f"trainer.precision={self.trainer.precision} cannot train a coder; use bf16-mixed or 32-true.")
 
     def on_fit_start(self) -> None:
         """Split the global batch over ranks, and refuse what will not fit into memory: the language model is not loaded yet."""
@@ -219,6 +220,7 @@ class TranscoderModule(ManualModule):
         if isinstance(size, int):
             self.batch_arithmetic = split_batch(size, self.trainer.world_size)
             rank_zero_info(fitting_memory(self.coder, self.batch_arithmetic.micro, self._datamodule(), self.device))
+        self.coder.calibrate(math.nan)  # a coder that was loaded goes on with what its training had, not with its fixed threshold
         rank_zero_info(f"{self.coder.latents} latents, {sum(p.numel() for p in self.coder.parameters()):,} parameters")
 
     def configure_optimizers(self) -> Any:
@@ -269,7 +271,8 @@ class TranscoderModule(ManualModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Runs after every callback's hook of this name: project the decoder's gradient, then clip."""
         self.coder.project_decoder_gradient()
-        super().on_before_optimizer_step(optimizer)
+        if self.max_grad_norm > 0:  # torch's own: Lightning's refuses a fused Adam under autocast, though gradients are never scaled here
+            torch.nn.utils.clip_grad_norm_(self.coder.parameters(), self.max_grad_norm)
 
     def _log_step(self, step: StepResult, moments: Moments, counts: Tensor, lr: float) -> None:
         sums = sum_over_ranks(torch.cat([step.residuals, step.auxiliary.double()[None], step.loss.detach().double()[None]]))

@@ -146,6 +146,27 @@ def test_other_activations_learn_too(activation: str, tmp_path: Path) -> None:
     assert float(run.callback_metrics["train/l0"]) < 12
 
 
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
+def test_mixed_precision_keeps_float32_weights_and_learns(activation: str, tmp_path: Path) -> None:
+    coder_module = module(activation=activation, prefixes=[8, 24], jumprelu_threshold=0.1, jumprelu_width=0.1, auxiliary=0.5)
+    run = trainer(tmp_path, 40, precision="bf16-mixed")
+    run.fit(coder_module, FeatureData(global_batch_size=128, d_out=12))
+    assert all(p.dtype == torch.float32 for p in coder_module.parameters())
+    assert float(run.callback_metrics["train/fvu"]) < 0.7
+    assert not coder_module.coder.W_enc.isnan().any()
+
+
+def test_a_loaded_coder_can_be_trained_on(tmp_path: Path) -> None:
+    data, first = FeatureData(d_out=12), module(export=True)
+    trainer(tmp_path, 30).fit(first, data)
+    again = module(pretrained=str(tmp_path / "transcoder"), warmup_steps=0)
+    run = trainer(tmp_path, 30)
+    run.fit(again, data)
+    assert again.coder.activation == "jumprelu", "a coder with a threshold"
+    assert not again.coder.calibrated
+    assert float(run.callback_metrics["train/fvu"]) < 0.6
+
+
 def test_decoder_norms_and_initialisations_are_what_they_say() -> None:
     tied = Transcoder(16, 16, 24, 3, init="tied")
     assert torch.equal(tied.W_enc, tied.W_dec)
