@@ -121,6 +121,7 @@ class TalkativeGRPO(TalkativeModule):
         self.aggregation, self.advantage_scale = cast(Any, aggregation), cast(Any, advantage_scale)
         self.beta, self.kl_estimator, self.train_reconstructor = beta, cast(Any, kl_estimator), train_reconstructor
         self.regularisers = Regularisers(lm_kl, natural_prefix, entropy)
+        self._readable = 0.0  # usable texts of the window, over all ranks
 
     def freeze_parts(self) -> None:
         """The in-loop reconstructor may learn; a held-out one never does."""

@@ -46,7 +46,7 @@ class Regularisers:
 
         Args:
             module: Whose reference is asked.
-            logits: (B, T, V) of the verbaliser.
+            logits: (B, T, V) of the verbaliser at the sampling temperature.
             activations: (R, d).
             index: (B,).
             ids: (B, T).
@@ -56,7 +56,8 @@ class Regularisers:
         terms: dict[str, Tensor] = {}
         if self.lm_kl > 0:
             prompt = tuple(encode(module.tokenizer, self.natural_prefix))
-            divergence = kl_to_reference(module.reference_logits(activations, index, ids, mask, prompt), logits) * mask
+            reference = module.reference_logits(activations, index, ids, mask, prompt) / module.sampling.temperature
+            divergence = kl_to_reference(reference, logits) * mask
             loss, terms["lm_kl"] = loss + self.lm_kl * divergence, divergence.detach()
         if self.entropy > 0:
             entropy = token_entropy(logits) * mask
