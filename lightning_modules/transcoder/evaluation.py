@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from theodolite.distributed import sum_over_ranks
+from theodolite.functional.activation_threshold import BINS, activation_histogram, threshold_for_count
 from theodolite.metrics.fvu import FractionOfVarianceUnexplained
 
 from .transcoder import Transcoder
@@ -22,6 +23,19 @@ def prefix_metrics(prefixes: Sequence[int], fvu: Tensor) -> dict[str, Tensor]:
     """
     named = {f"fvu_{end}": value for end, value in zip(prefixes, fvu, strict=True)}
     return {"fvu": fvu[-1], "fvu_min": fvu.min(), "fvu_max": fvu.max(), "fvu_mean": fvu.mean()} | named
+
+
+@torch.no_grad()
+def held_out_threshold(coder: Transcoder, batches: Iterable[Mapping[str, Tensor]]) -> float:
+    """The threshold with k active latents per token of all ranks' batches; all ranks must call it."""
+    device, tokens = coder.W_enc.device, 0
+    histogram = torch.zeros(BINS, dtype=torch.int64, device=device)
+    for batch in batches:
+        inputs = batch["input"].to(device)
+        histogram += activation_histogram(coder.scores(coder.normalise_input(inputs)))
+        tokens += len(inputs)
+    total = sum_over_ranks(torch.cat([histogram, histogram.new_tensor([tokens])]))
+    return threshold_for_count(total[:-1].cpu(), coder.k * int(total[-1]))
 
 
 class CoderEvaluation:

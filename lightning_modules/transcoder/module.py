@@ -15,7 +15,7 @@ Where it deviates from the papers: docs/transcoder.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -28,12 +28,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from theodolite.batch_arithmetic import BatchArithmetic, split_batch
 from theodolite.distributed import sum_gradients, sum_over_ranks
-from theodolite.functional.activation_threshold import BINS, activation_histogram, threshold_for_count, update_mean
+from theodolite.functional.activation_threshold import update_mean
 from theodolite.functional.prefixes import resolve_prefixes
 from theodolite.seeds import run_seed
 
 from ..manual import SCHEDULES, ManualModule
-from .evaluation import CoderEvaluation, prefix_metrics
+from .evaluation import CoderEvaluation, held_out_threshold, prefix_metrics
 from .interop import load_weights, save_saelens
 from .memory import fitting_memory
 from .selection import Moments, global_moments
@@ -298,20 +298,9 @@ class TranscoderModule(ManualModule):
         if self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
         if self.calibrate and self.coder.activation != "jumprelu" and hasattr(self._datamodule(), "val_dataloader"):
-            self.coder.calibrate(self._held_out_threshold(self._datamodule().val_dataloader()))
+            self.coder.calibrate(held_out_threshold(self.coder, self._datamodule().val_dataloader()))
         if self.export and self.global_rank == 0:
             self._export(Path(self.trainer.default_root_dir) / "transcoder")
-
-    @torch.no_grad()
-    def _held_out_threshold(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
-        """The threshold with k active latents per token of all ranks' batches."""
-        histogram, tokens = torch.zeros(BINS, dtype=torch.int64, device=self.device), 0
-        for batch in batches:
-            inputs = batch["input"].to(self.device)
-            histogram += activation_histogram(self.coder.scores(self.coder.normalise_input(inputs)))
-            tokens += len(inputs)
-        total = sum_over_ranks(torch.cat([histogram, histogram.new_tensor([tokens])]))
-        return threshold_for_count(total[:-1].cpu(), self.coder.k * int(total[-1]))
 
     def _export(self, folder: Path) -> None:
         data = self._datamodule()
