@@ -60,8 +60,7 @@ def trainer(folder: Path, **settings: Any) -> Trainer:
     return Trainer(default_root_dir=folder, max_epochs=-1, num_sanity_val_steps=0, **(quiet | settings))
 
 
-@pytest.mark.parametrize("boundary", ["flow", "break"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("boundary", "dtype"), [("flow", "float32"), ("break", "bfloat16")])
 def test_batches_hold_the_states_of_a_plain_forward_pass(tmp_path: Path, boundary: Any, dtype: str) -> None:
     module, source = Recorder(), data(packing=Packing(length=12, boundary=boundary), dtype=dtype, repeat=boundary == "flow")
     assert isinstance(source, ActivationSource)
@@ -89,7 +88,7 @@ def test_batches_hold_the_states_of_a_plain_forward_pass(tmp_path: Path, boundar
     assert seen == 24
 
 
-@pytest.mark.parametrize("steps", [2, 5, 7])
+@pytest.mark.parametrize("steps", [5, 7])
 def test_a_resumed_fit_sees_the_same_batches_bit_for_bit(tmp_path: Path, steps: int) -> None:
     whole, first, second = Recorder(), Recorder(), Recorder()
     trainer(tmp_path, max_steps=12, limit_val_batches=0, enable_checkpointing=False).fit(whole, datamodule=data())

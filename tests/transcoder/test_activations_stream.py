@@ -87,11 +87,11 @@ def test_neighbours_in_a_batch_come_from_many_places() -> None:
 
 
 @pytest.mark.parametrize("boundary", ["flow", "break"])
-@pytest.mark.parametrize("at", [0, 1, 3, 11, 24])
+@pytest.mark.parametrize("at", [0, 3, 17])
 @pytest.mark.parametrize("ranks_after", [1, 2])
 def test_a_resumed_stream_goes_on_exactly_also_on_other_ranks(boundary: str, at: int, ranks_after: int) -> None:
     whole = lanes(boundary=boundary)
-    expected = [whole.take(40).row for _ in range(36)]
+    expected = [whole.take(40).row for _ in range(26)]
     first = [lanes(rank, 2, boundary=boundary) for rank in range(2)]
     for _ in range(at):
         global_batch(first, 40)

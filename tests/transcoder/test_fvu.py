@@ -295,6 +295,7 @@ def distributed_rank(rank: int, world: int, port: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_real_ranks_give_the_numbers_of_one() -> None:
     with socket.socket() as probe:
