@@ -221,7 +221,13 @@ def measure(case: str, module: TranscoderModule, peers: Mapping[str, Step], step
 
 def end_to_end(steps: int) -> dict[str, Any]:
     """Tokens per second of producer and coder together, by CPU time and by the wall; the producer stops after the site's layer."""
-    producer: dict[str, Any] = {"model_type": "gemma2", "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 4, "head_dim": 64}
+    producer: dict[str, Any] = {
+        "model_type": "gemma2",
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": 4,
+        "head_dim": 64,
+    }
     producer |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "sliding_window": 512}
     sites: dict[str, Any] = {"input_site": "mlp_in.2", "target_site": "mlp_out.2", "tokenizer": "bytes"}
     packing = Packing(length=128)

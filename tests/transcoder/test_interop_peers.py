@@ -33,7 +33,11 @@ def random_weights(d_out: int, skip: bool = False, **other: Any) -> CoderWeights
 def test_saelens_computes_what_was_exported(kind: str, tmp_path: Path) -> None:
     saelens = pytest.importorskip("sae_lens")
     transcoder = "transcoder" in kind
-    sites: dict[str, Any] = {"input_site": "mlp_in_unscaled.2", "target_site": "mlp_out.2" if transcoder else "mlp_in_unscaled.2", "model": "gpt2"}
+    sites: dict[str, Any] = {
+        "input_site": "mlp_in_unscaled.2",
+        "target_site": "mlp_out.2" if transcoder else "mlp_in_unscaled.2",
+        "model": "gpt2",
+    }
     selection: dict[str, Any] = {"k": 4} if kind == "topk" else {"threshold": numbers(24, seed=5).abs()}
     weights = random_weights(5 if transcoder else 6, "skip" in kind, rescaled=not transcoder, **selection, **sites)
     save_saelens(weights, tmp_path)
