@@ -3,6 +3,7 @@
 from typing import Any
 
 from theodolite.callbacks.activation_probe import ActivationProbe
+from theodolite.callbacks.best_of_k import BestOfKCallback
 from theodolite.callbacks.decomposition_figures import DecompositionFigures
 from theodolite.callbacks.direction_checks import DirectionChecks
 from theodolite.callbacks.direction_sources import DirectionSource, GradientDifference, HaarRandom

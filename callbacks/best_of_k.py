@@ -26,12 +26,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from theodolite.best_of_k.candidates import Drawing
 from theodolite.best_of_k.curves import Curves, Resampling
 from theodolite.best_of_k.sweep import SweepPlan, run_labels, run_stages
-from theodolite.distributed import gather_objects
 from theodolite.protocols import ActivationTable, ActivationTables, TalkativeAutoencoder
 from theodolite.provenance import write_json_atomic
 from theodolite.reports.best_of_k import result_of, write_result
 from theodolite.reports.best_of_k_page import write_report
 from theodolite.seeds import run_seed
+from theodolite.shard_work import agreed
 
 
 class BestOfKCallback(Callback):
@@ -74,7 +74,7 @@ class BestOfKCallback(Callback):
         bootstrap_replicates: int = 2000,
         bootstrap_seed: int = 42,
         confidence: float = 0.95,
-        cache_dir: str = "best_of_k_cache",
+        cache_dir: str = "runs/best_of_k_cache",
         load_store: bool = True,
         output_dir: str | None = None,
         output_file: str = "k_sweep_results.json",
@@ -159,8 +159,8 @@ class BestOfKCallback(Callback):
                 written.append(folder / f"{name}.json")
                 prefix = f"{split}/best_of_k/" + (f"{label}/" if len(labels) > 1 else "")
                 pl_module.log_dict({f"{prefix}{key}": value for key, value in values.items()}, rank_zero_only=False, sync_dist=False)
-        if trainer.is_global_zero and self.report:
-            write_report(written, folder, Path(self.output_file).stem, self.worst_rows)
+        if self.report:
+            agreed(lambda: write_report(written, folder, Path(self.output_file).stem, self.worst_rows))
 
     def _run(
         self,
@@ -174,14 +174,15 @@ class BestOfKCallback(Callback):
     ) -> dict[str, float]:
         """Stages on all ranks, curves and files on rank 0; the logged numbers everywhere."""
         done = run_stages(root, table, cast(TalkativeAutoencoder, pl_module), plan, f" ({label})")
-        values: dict[str, float] = {}
-        if pl_module.global_rank == 0:
+
+        def report() -> dict[str, float]:
             curves = Curves(done.scores, plan.ks, self.resampling)
             result = result_of(curves, self._settings(plan), checkpoint, label)
             write_result(target.parent, target.name, curves, result)
             write_json_atomic(target.parent / f"{target.name}.timings.json", {"seconds": done.seconds})
-            values = logged(result)
-        return gather_objects(values)[0]
+            return logged(result)
+
+        return agreed(report)
 
     def _settings(self, plan: SweepPlan) -> dict[str, Any]:
         """What decides the numbers, for the JSON: batch sizes and folders do not."""

@@ -58,7 +58,7 @@ class Request:
     partition: str | None = None
     job_name: str = "theodolite"
     nice: int | None = None
-    logs: Path = Path("logs")
+    logs: Path = Path("runs/logs")
     cpus_per_gpu: int = 8
 
     def __post_init__(self) -> None:
@@ -212,7 +212,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--partition", help="SLURM partition (default: the cluster's)")
     parser.add_argument("--job-name", default="theodolite", help="name in the queue")
     parser.add_argument("--nice", type=int, nargs="?", const=10000, help="let others go first, by this much (10000 without a number)")
-    parser.add_argument("--logs", type=Path, default=Path("logs"), help="folder of logs (default logs)")
+    parser.add_argument("--logs", type=Path, default=Path("runs/logs"), help="folder of logs (default runs/logs)")
     parser.add_argument("--executor", choices=("slurm", "local"), default="slurm", help="local = background of this machine, without SLURM")
     parser.add_argument("--direct", action="store_true", help="no job: run in this terminal")
     parser.add_argument("--wait", action="store_true", help="wait for the job and end as it ends")

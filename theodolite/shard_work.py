@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from theodolite.distributed import gather_objects, world_size
 
+T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 60.0
 """Where there is no terminal (a job's log), progress is a line from time to time."""
 
@@ -26,9 +28,26 @@ def this_rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def agreed(make: Callable[[], list[int]]) -> list[int]:
-    """A list that rank 0 makes, on every rank: what is missing must be asked once, before anyone writes. All ranks must call it."""
-    return gather_objects(make() if this_rank() == 0 else [])[0]
+def agreed(make: Callable[[], T]) -> T:
+    """What rank 0 makes, on every rank: what is missing must be asked once, before anyone writes. All ranks must call it.
+
+    Raises:
+        ShardWorkError: If rank 0 failed, on the others; nobody waits for it.
+        Exception: Whatever ``make`` raised, on rank 0.
+    """
+    value: Any = None
+    error: Exception | None = None
+    if this_rank() == 0:
+        try:
+            value = make()
+        except Exception as raised:  # every rank has to hear of it
+            error = raised
+    found, failure = gather_objects((value, None if error is None else f"{type(error).__name__}: {error}"))[0]
+    if error is not None:
+        raise error
+    if failure is not None:
+        raise ShardWorkError(f"rank 0 failed ({failure}).")
+    return found
 
 
 def work_through(shards: Sequence[int], write: Callable[[int], None], what: str) -> None:

@@ -89,7 +89,7 @@ class ActivationBank:
         policy: PositionPolicy,
         split: DocumentSplit | None = None,
         name: str = "test",
-        cache_dir: str | Path = "activation_banks",
+        cache_dir: str | Path = "runs/activation_banks",
         max_rows: int | None = None,
         max_norm: float | None = None,
         dtype: str = "float32",

@@ -112,7 +112,7 @@ class ActivationBankDataModule(LightningDataModule):
         eval_rows: int | None = 256,
         test_rows: int | None = 1024,
         max_norm: float | None = None,
-        cache_dir: str = "activation_banks",
+        cache_dir: str = "runs/activation_banks",
         load_store: bool = True,
         extraction_batch_size: int = 8,
         rows_per_shard: int = 1024,
