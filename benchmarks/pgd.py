@@ -109,10 +109,8 @@ def evaluation_cases(repeats: int) -> list[dict[str, Any]]:
 
 def training_cases(repeats: int) -> list[dict[str, Any]]:
     """Training steps with the losses of SPD's own configurations."""
-    from pydantic import TypeAdapter
-    from spd.configs import LossMetricConfigType  # pyright: ignore[reportMissingImports]
+    from spd import configs  # pyright: ignore[reportMissingImports]
 
-    read = TypeAdapter(list[LossMetricConfigType]).validate_python
     minimality = {"classname": "ImportanceMinimalityLoss", "pnorm": 2.0, "beta": 0}
     toy = [
         minimality | {"coeff": 1e-4},
@@ -144,7 +142,8 @@ def training_cases(repeats: int) -> list[dict[str, Any]]:
         ("training step, TMS 40-10, 4096 rows", tms(4096), toy, our_toy),
         (f"training step, LlamaSimpleMLP-2L, {ROWS} x {POSITIONS} tokens", llama(ROWS, POSITIONS), text, our_text),
     ):
-        rows.append(alternate(case, OurTraining(pair, ours).step, PeerTraining(pair, read(peer)).step, repeats))
+        peer_losses = [getattr(configs, f"{spec['classname']}Config")(**spec) for spec in peer]
+        rows.append(alternate(case, OurTraining(pair, ours).step, PeerTraining(pair, peer_losses).step, repeats))
     return rows
 
 

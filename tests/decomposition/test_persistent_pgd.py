@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from spd_components import PRECISIONS, SPDFixture, folders, largest_error
 
+from theodolite.cli import RUN_DIR_VARIABLE, main
 from theodolite.functional.component_masks import routing_of_ranks
 from theodolite.functional.persistent_sources import Ascent, SourceState, move, stored_rows, stored_shape
 from theodolite.lightning_modules.decomposition.decomposition import Decomposition
@@ -242,6 +245,33 @@ def test_persistent_sign_ascent_of_one_source_on_constant_data_is_a_shared_attac
     part = Rows(lambda given: parts.loss_sum(prepared, given), torch.zeros(8, dtype=torch.long))
     curve = attack_groups([part], sources, range(4), 0.1)
     assert losses == pytest.approx([curve.loss(n) for n in range(4)], rel=1e-9)
+
+
+def test_a_resumed_fit_has_the_sources_and_numbers_of_one_that_went_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(RUN_DIR_VARIABLE, raising=False)
+    settings = yaml.safe_load((Path(__file__).parents[2] / "configs/decomposition/tms_5-2.yaml").read_text())
+    model, attacks = settings["model"]["init_args"], []
+    for spec in SETTINGS[:1] + SETTINGS[2:]:
+        attacks.append(spec | {"name": "persistent_pgd_recon", "key": spec["source_scope"], "coeff": 0.5})
+    model["target"] |= {"steps": 5, "batch_size": 16}
+    evaluated = [{"name": "persistent_pgd_eval", "loss": spec["key"]} for spec in attacks]
+    model |= {"losses": [{"name": "stochastic_recon", "coeff": 1.0}, *attacks], "metrics": evaluated, "faithfulness_steps": 0}
+    settings["data"]["init_args"] |= {"global_batch_size": 8, "eval_batch_size": 8, "eval_batches": 1}
+    checkpoint = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 2, "save_top_k": -1, "filename": "{step}"}}
+    settings["trainer"] |= {"max_steps": 4, "val_check_interval": 2, "log_every_n_steps": 1, "callbacks": [checkpoint]}
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(settings))
+    line = ["fit", f"--config={tmp_path}/fit.yaml"]
+    main([*line, f"--run_dir={tmp_path}/whole"])
+    main([*line, f"--run_dir={tmp_path}/resumed", f"--ckpt_path={tmp_path}/whole/checkpoints/step=2.ckpt"])
+    whole, resumed = (torch.load(tmp_path / run / "checkpoints" / "step=4.ckpt", weights_only=True) for run in ("whole", "resumed"))
+    for label, saved in whole["objectives"].items():
+        assert saved["updates"] == resumed["objectives"][label]["updates"] >= 4
+        for kind, tensors in saved["tensors"].items():
+            assert all(torch.equal(tensor, resumed["objectives"][label]["tensors"][kind][name]) for name, tensor in tensors.items())
+    rows = [[json.loads(row) for row in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("whole", "resumed")]
+    later = [row for row in rows[0] if row["step"] >= 2]
+    assert later[-1] == rows[1][-1]
+    assert "val/persistent_pgd_eval/single_source/output_recon" in later[-1]
 
 
 def test_stored_rows_of_slots() -> None:
