@@ -1,0 +1,151 @@
+"""kill -9 at moments drawn at random, inside of every phase, and what a resumed run leaves: the bytes of the uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from lightning.pytorch import Callback
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tiny_policies import callback, config, grpo, prompts
+
+PHASES = ("rollouts", "grading", "microbatch", "update", "checkpoint")
+STEPS, EVERY = 6, 2
+MOMENTS = random.Random(5).sample([(phase, step) for phase in PHASES for step in range(EVERY, STEPS)], 10)
+HERE = Path(__file__).resolve().parent
+
+
+class KillAt(Callback):
+    """Kills its process inside of a phase.
+
+    Args:
+        phase: ``rollouts`` (between two decoded tokens), ``grading``, ``microbatch`` (after the first), ``update`` or ``checkpoint`` (in
+            the middle of writing the file).
+        step: Optimizer steps taken before.
+        rank: Which process dies.
+    """
+
+    def __init__(self, phase: str, step: int, rank: int = 0) -> None:
+        super().__init__()
+        self.at, self.step, self.rank = phase, step, rank
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step != self.step or trainer.global_rank != self.rank:
+            return
+        if self.at == "rollouts":
+            calls: list[int] = []
+            pl_module.causal_lm.register_forward_pre_hook(lambda *arguments: self._die() if len(calls) > 3 else calls.append(1))
+        elif self.at == "grading":
+            trainer.datamodule.environment.one = lambda *arguments: self._die()
+        elif self.at == "checkpoint":
+            trainer.strategy.checkpoint_io.save_checkpoint = self._half_a_file
+
+    def _half_a_file(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(b"half of a checkpoint")
+        self._die()
+
+    def on_microbatch_gradients(self, trainer: Any, pl_module: Any, window: Any, part: str) -> None:
+        if self.at == "microbatch" and trainer.global_step == self.step and trainer.global_rank == self.rank:
+            self._die()
+
+    def on_after_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self.at == "update" and trainer.global_step == self.step + 1 and trainer.global_rank == self.rank:
+            self._die()
+
+    def _die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def written(folder: Path, name: str, *more: dict[str, Any]) -> str:
+    checkpoint = callback("lightning.pytorch.callbacks.ModelCheckpoint", every_n_train_steps=EVERY, save_top_k=-1, filename="{step}")
+    witness = callback("tiny_policies.Witness", folder=str(folder / f"witness-{name}"))
+    model = grpo(warmup_steps=3, schedule="cosine", micro_batch_size=8, beta=0.05, split_backward=True, table_every=1)
+    callbacks = [*more, checkpoint, witness]
+    return config(folder, name, model, prompts(rewards="nan"), max_steps=STEPS, val_check_interval=EVERY, callbacks=callbacks)
+
+
+def run(folder: Path, ranks: int, config_file: str, run_dir: Path, *more: str) -> list[int]:
+    """Exit codes of a fit on one or two processes; when one dies the others are ended."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK", "PL_GLOBAL_SEED")}
+    path = os.pathsep.join([str(HERE), str(HERE.parent), kept.get("PYTHONPATH", "")])
+    environment = kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "theodolite", "fit", f"--config={config_file}", f"--run_dir={run_dir}", *more]
+    if ranks > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
+        command += [f"--trainer.devices={ranks}", "--trainer.strategy=ddp"]
+    logs = [open(folder / f"log-{rank}.txt", "w") for rank in range(ranks)]  # noqa: SIM115  (they live as long as the children)
+    processes = [
+        subprocess.Popen(command, env=environment | {"LOCAL_RANK": str(rank)}, stdout=logs[rank], stderr=subprocess.STDOUT)
+        for rank in range(ranks)
+    ]
+    try:
+        codes = [processes[0].wait(timeout=280)]
+        codes += [process.wait(timeout=280) if not any(codes) else process.poll() or 1 for process in processes[1:]]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return codes
+
+
+def assert_same_run(one: Path, other: Path, ranks: int) -> None:
+    first, second = ((folder / "metrics.jsonl").read_bytes() for folder in (one, other))
+    assert first == second
+    for kind in ("completions", "rollouts"):
+        names = sorted(path.name for path in (one / kind).iterdir())
+        assert names == sorted(path.name for path in (other / kind).iterdir())
+        for name in names:
+            pd.testing.assert_frame_equal(pd.read_parquet(one / kind / name), pd.read_parquet(other / kind / name), check_exact=True)
+
+
+def same_weights(one: Path, other: Path, ranks: int) -> bool:
+    pairs = [[load_file(folder / f"weights-{rank}.safetensors") for folder in (one, other)] for rank in range(ranks)]
+    return all(bool((a[name] == b[name]).all()) for a, b in pairs for name in a)
+
+
+def kill_and_resume(folder: Path, ranks: int, moments: list[tuple[str, int]]) -> None:
+    whole = folder / "run-whole"
+    assert run(folder, ranks, written(folder, "whole"), whole) == [0] * ranks, (folder / "log-0.txt").read_text()[-3000:]
+    for number, (phase, step) in enumerate(moments):
+        name = f"killed-{number}"
+        killer = callback("test_killed_runs.KillAt", phase=phase, step=step)
+        killed = folder / f"run-{name}"
+        codes = run(folder, ranks, written(folder, name, killer), killed)
+        assert codes[0] == -signal.SIGKILL, f"{phase} {step}: {(folder / 'log-0.txt').read_text()[-3000:]}"
+        last = step // EVERY * EVERY
+        resumed = written(folder, name)
+        checkpoint = killed / "checkpoints" / f"step={last}.ckpt"
+        assert run(folder, ranks, resumed, killed, f"--ckpt_path={checkpoint}") == [0] * ranks, (folder / "log-0.txt").read_text()[-3000:]
+        assert_same_run(whole, killed, ranks)
+        assert same_weights(folder / "witness-whole", folder / f"witness-{name}", ranks), (phase, step)
+        print(json.dumps({"ranks": ranks, "phase": phase, "step": step, "resumed_from": last, "identical": True}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ten_random_kills_on_one_rank_leave_the_bytes_of_the_uninterrupted_run(tmp_path: Path) -> None:
+    assert {phase for phase, _ in MOMENTS} == set(PHASES)
+    kill_and_resume(tmp_path, 1, MOMENTS)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(3600)
+def test_ten_random_kills_on_two_ranks_leave_the_bytes_of_the_uninterrupted_run(tmp_path: Path) -> None:
+    kill_and_resume(tmp_path, 2, MOMENTS)
