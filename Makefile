@@ -116,7 +116,7 @@ bench-transcoder: setup venv-coders ## a sparse coder's step beside sparsify, SA
 demo-transcoder: setup ## nested transcoders on the right and the wrong site, in under 5 minutes on 2 cores: runs/demo_transcoder/report/index.html
 	@$(RUN) -m theodolite.demo_transcoder
 
-demo-decomposition: setup ## decompose a toy model and attack it, in under 5 minutes on 2 cores: runs/demo-decomposition/report/index.html
+demo-decomposition: setup ## decompose a toy model with 3 seeds and attack it: runs/demo-decomposition/report/index.html
 	@$(RUN) -m theodolite.decomposition_demo --out runs/demo-decomposition
 
 demo-talkative: setup ## activations in words and back, before and after RL, in under 6 minutes: runs/demo_talkative/sweep/best_of_k/

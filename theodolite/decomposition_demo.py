@@ -4,8 +4,8 @@
 
     python -m theodolite.decomposition_demo --out runs/demo-decomposition
 
-Trains the toy model of superposition (5 features in 2 dimensions) and its decomposition with three seeds (about two minutes on two idle
-cores), attacks each, and writes ``report/index.html`` with its figures. Interrupted, it continues where it was. What it runs are ordinary
+Trains the toy model of superposition (5 features in 2 dimensions) and its decomposition with three seeds, attacks each, and writes
+``report/index.html`` with its figures. Interrupted, it continues where it was. What it runs are ordinary
 configs: ``configs/decomposition/tms_5-2.yaml`` and ``demo.yaml``.
 """
 
