@@ -68,7 +68,7 @@ def join_rows(parts: Sequence[PairedRows]) -> PairedRows:
 
 
 def kept_positions(row: TokenRow, drop: Sequence[Drop]) -> Tensor:
-    """(T,) bool: positions that count. The first token's state is an attention sink hundreds of times larger than any other."""
+    """(T,) bool: positions that count. The first token's state is an attention sink that can be far larger than the others."""
     kept = torch.ones_like(row.attends)
     kept[0] = "first" not in drop
     masks: dict[Drop, Tensor] = {"begins": row.begins, "separators": row.separates, "padding": ~row.attends}
