@@ -93,7 +93,8 @@ VARIANTS: dict[str, Callable[[Batches], Tensor]] = {
 }
 """``torchmetrics_r2``: ``1 - R2Score(multioutput="variance_weighted")`` in float64. ``sae_lens``: ``explained_variance`` of its evaluation
 (6.54); its training log is ``sparsify``'s formula. ``sparsify``: ``fvu`` (1.3.3). ``dictionary_learning``: ``frac_variance_explained``
-(0.1.0). ``sae_bench``: ``explained_variance`` of 0.6.0, ``sae_bench_legacy`` that of its paper. ``scalar_mean``: ``MSE / (Var + 1e-8)`` of all entries.
+(0.1.0). ``sae_bench``: ``explained_variance`` of 0.6.0, ``sae_bench_legacy`` that of its paper.
+``scalar_mean``: ``MSE / (Var + 1e-8)`` of all entries.
 """
 
 
