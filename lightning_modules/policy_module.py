@@ -207,8 +207,6 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
         scheduler = LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    # ------------------------------------------------------------------ text and tokens (SequenceScorer)
-
     def encode_prompt(self, prompt: str | Chat) -> tuple[int, ...]:
         """Token ids of a prompt; chat messages go through the tokenizer's template, with its thinking mode off."""
         if isinstance(prompt, str):
