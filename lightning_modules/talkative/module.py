@@ -114,13 +114,8 @@ class TalkativeModule(ManualModule):
         self.loss_name, self.row_loss = loss, RECONSTRUCTION_LOSSES[loss]
         self.sampling, self.eval_samples = Sampling(max_new_tokens, temperature), eval_samples
         self.run_seed = run_seed(seed)
-        self.lr, self.injection_lr, self.reconstructor_lr, self.betas, self.weight_decay = (
-            lr,
-            injection_lr,
-            reconstructor_lr,
-            betas,
-            weight_decay,
-        )
+        self.lr, self.injection_lr, self.reconstructor_lr = lr, injection_lr, reconstructor_lr
+        self.betas, self.weight_decay = betas, weight_decay
         self.warmup_steps, self.schedule, self.min_lr_fraction, self.max_grad_norm = warmup_steps, schedule, min_lr_fraction, max_grad_norm
         self.micro_batch_size, self.export = micro_batch_size, export
         self.batch_arithmetic: BatchArithmetic | None = None
@@ -131,8 +126,6 @@ class TalkativeModule(ManualModule):
         self.readers = nn.ModuleDict()
         self._reference: dict[str, Tensor] = {}  # in no submodule: never trained or saved
         self._evaluated: list[Sums] = []
-
-    # ------------------------------------------------------------------ building
 
     def configure_model(self) -> None:
         """Build everything once; Lightning calls this before fit, validate and test, and before a checkpoint is loaded."""
@@ -211,8 +204,6 @@ class TalkativeModule(ManualModule):
         optimizer = AdamW(groups, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._lr_factor), "interval": "step"}}
 
-    # ------------------------------------------------------------------ describing and reconstructing (the protocol)
-
     @property
     def reconstructors(self) -> Mapping[str, TextReconstructor]:
         """By name; the first selects among candidates."""
@@ -260,8 +251,6 @@ class TalkativeModule(ManualModule):
             wrong = int(lengths.argmax())
             raise ValueError(f"The caption {texts[wrong]!r} has {int(lengths[wrong])} tokens; model.max_new_tokens is {longest}.")
         return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).float()
-
-    # ------------------------------------------------------------------ training
 
     def on_fit_start(self) -> None:
         """Split the global batch over ranks."""
@@ -324,8 +313,6 @@ class TalkativeModule(ManualModule):
         metrics["train/lr"] = lr
         self.log_dict(metrics, rank_zero_only=False, sync_dist=False)
         self.log("loss", metrics["train/loss"], prog_bar=True, logger=False)
-
-    # ------------------------------------------------------------------ evaluation
 
     def on_validation_epoch_start(self) -> None:
         """Forget earlier evaluations."""
