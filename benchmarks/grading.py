@@ -14,8 +14,8 @@ Cases, each the median over the rounds after one warm-up round:
 * ``throughput, wall``: the same by the clock, one program at a time (says more about the machine's other load);
 * ``latency``: milliseconds from handing over one such program to its verdict;
 * ``overhead``: CPU milliseconds per execution beyond the program's own, over real problems with all their tests. The program times itself
-  (``time.thread_time`` around its definition and every call; the process-wide clock only moves with the scheduler's tick while a CPU timer
-  runs), and that is subtracted from all CPU time that the harness caused.
+  (``time.thread_time`` around its definition and every call, the cost of reading that clock included; the process-wide clock only moves
+  with the scheduler's tick while a CPU timer runs), and that is subtracted from all CPU time that the harness caused.
 
 CPU time is the kernel's account of this process, the fork server and every child, so other load on the machine matters little.
 """
@@ -63,18 +63,19 @@ print(json.dumps({"tests_passed": passed, "error": error, "own": namespace.get("
 """The peer's program."""
 
 TIMED = """
-import time as _time
-_started = _time.thread_time()
+from time import thread_time as _clock
+_started = _clock()
+_reading = sorted(_clock() - _clock() for _ in range(25))[12]
 {program}
-_own = [_time.thread_time() - _started]
+_own = [_clock() - _started]
 def _entry(_finish=False, **arguments):
     if _finish:
         return _own[0]
-    started = _time.thread_time()
+    started = _clock()
     try:
         return {entry}(**arguments)
     finally:
-        _own[0] += _time.thread_time() - started
+        _own[0] += _clock() - started - _reading
 """
 
 

@@ -16,6 +16,7 @@ a function of seed, step and the rollout's place in the global batch, so the sam
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from typing import Literal, cast
 
 import torch
@@ -32,7 +33,7 @@ FLAGGED: dict[str, tuple[Label, ...]] = {
 """Labels that a monitor flags."""
 
 
-class _OracleMonitor(Callback):
+class _OracleMonitor(Callback, ABC):
     """Flags rollouts by the oracle's labels, before advantages are computed.
 
     Args:
@@ -73,9 +74,9 @@ class _OracleMonitor(Callback):
     def _draw(self, step: int, slot: int, sample: int) -> float:
         return random.Random(derive_seed("oracle monitor", self.seed, step, slot, sample)).random()
 
+    @abstractmethod
     def changed(self, values: Tensor, flags: Tensor) -> Tensor:
         """(n,) reward values after the monitor; NaN stays NaN."""
-        raise NotImplementedError
 
 
 class OraclePenalty(_OracleMonitor):
