@@ -360,7 +360,7 @@ def test_interrupt_exits_with_130_and_says_where_the_checkpoint_is(project: Path
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("launcher", ["module", "torchrun"])
+@pytest.mark.parametrize("launcher", ["module", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_ranks_share_one_default_folder(launcher: str, project: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", str(TESTS.parent / "train.py")]
     options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=2", "--trainer.max_epochs=1"]

@@ -4,7 +4,7 @@ A file that only makes sense over others names them, lowest first, in its leadin
 
     # over: configs/grpo/mini.yaml, configs/grpo/long.yaml
     # fast_dev_run: yes
-"""
+    # fast_dev_run: yes        (or: slowly, then only `make test-slow` runs it)
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ def test_config_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert not code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if declarations(ROOT / name).get("fast_dev_run") == "yes"])
+SMALL = {name: answer for name in CONFIGS if (answer := declarations(ROOT / name).get("fast_dev_run")) in ("yes", "slowly")}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (answer == "slowly")) for name, answer in SMALL.items()])
 def test_small_config_runs_two_batches(name: str, tmp_path: Path) -> None:
     options = ["--trainer.fast_dev_run=2", "--trainer.accelerator=cpu", "--trainer.devices=1", f"--run_dir={tmp_path}"]
     command = [sys.executable, "-m", "theodolite", *arguments(name), *options]

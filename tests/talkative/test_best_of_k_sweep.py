@@ -382,6 +382,7 @@ def ranks(folder: Path, count: int, rows: int) -> None:
     assert codes == [0] * count, "".join((folder / f"rank-{rank}.txt").read_text()[-2000:] for rank in range(count))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_leave_the_bytes_of_one(tmp_path: Path) -> None:
     sweep(tmp_path / "one", data=TableData(rows=70))
