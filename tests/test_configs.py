@@ -4,7 +4,9 @@ A file that only makes sense over others names them, lowest first, in its leadin
 
     # over: configs/grpo/mini.yaml, configs/grpo/long.yaml
     # fast_dev_run: yes
-    # fast_dev_run: yes        (or: slowly, then only `make test-slow` runs it)
+
+``fast_dev_run: slowly`` leaves it to ``make test-slow``.
+"""
 
 from __future__ import annotations
 
