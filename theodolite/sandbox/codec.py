@@ -1,4 +1,4 @@
-"""Plain Python values to JSON and back, exact types kept.
+"""Answers, plain Python values, to JSON and back, exact types kept.
 
 Both sides of the sandbox use this file: the trusted parent imports it, the zygote loads it by path. It therefore imports the standard
 library only. JSON has no tuples, sets or bytes, so everything that it does not carry exactly travels as an object with one key:
@@ -95,21 +95,21 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def from_wire(node: Any, max_hashed: int = MAX_HASHED) -> Any:
-    """Inverse of :func:`to_wire`; ``node`` may come from the untrusted side, unless ``max_hashed`` is raised.
+def from_wire(node: Any) -> Any:
+    """Inverse of :func:`to_wire`; ``node`` may come from the untrusted side.
 
     Raises:
         ValueError: ``node`` is not something that :func:`to_wire` makes, is deeper than :data:`MAX_DEPTH`, or has
-            more than ``max_hashed`` dict and set entries.
+            more than :data:`MAX_HASHED` dict and set entries.
     """
-    return _Reader(max_hashed).read(node, 0)
+    return _Reader().read(node, 0)
 
 
 class _Reader:
     """Counts hashed entries while one value is read."""
 
-    def __init__(self, max_hashed: int) -> None:
-        self.hashed, self.max_hashed = 0, max_hashed
+    def __init__(self) -> None:
+        self.hashed = 0
 
     def read(self, node: Any, depth: int) -> Any:
         kind = type(node)
@@ -136,8 +136,8 @@ class _Reader:
         if tag == "u":
             return "".join(map(chr, body))
         self.hashed += len(body)
-        if self.hashed > self.max_hashed:
-            raise ValueError(f"more than {self.max_hashed} dict and set entries")
+        if self.hashed > MAX_HASHED:
+            raise ValueError(f"more than {MAX_HASHED} dict and set entries")
         try:
             if tag == "d":
                 return {self.read(k, depth): self.read(v, depth) for k, v in body}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ast
-import base64
 import itertools
 import json
 import marshal
 import os
-import re
 import signal
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,44 +18,37 @@ from .jobs import Call, Job, Limits, Outcome, Raised, Status
 _REPORTED: frozenset[str] = frozenset({"ok", "syntax_error", "runtime_error", "memory", "output_limit"})
 
 
-def encode_calls(calls: tuple[Call, ...]) -> str:
-    """The calls as JSON text.
-
-    A call of lists, strings and ordinary numbers is ``[0, args, kwargs]`` as it stands, so that the child reads it in C; any other goes
-    through the codec as ``[1, ...]``.
+def encode_calls(calls: tuple[Call, ...]) -> bytes:
+    """The calls, each marshalled by itself: the child reads one when its turn comes, so no call sees what another did to its arguments.
 
     Raises:
-        ValueError: An argument is of a type that is not carried.
+        ValueError: An argument is of a type that is not carried, or nested too deep.
     """
-    return f"[{', '.join(_encode_call(call) for call in calls)}]"
+    for call in calls:
+        _refuse_foreign([*call.args, *call.kwargs.values()], 0)
+    return marshal.dumps([marshal.dumps((call.args, call.kwargs), _WITHOUT_REFERENCES) for call in calls])
 
 
-# In a repr: tuples, dicts and sets, bytes, huge numbers, surrogates (JSON would join a pair of them), anything else. Strings that hold such
-# characters take the longer way for nothing.
-_NOT_PLAIN = re.compile(r"[({<]|\bb['\"]|\d{4000}|\\ud|Ellipsis|\dj")
+_WITHOUT_REFERENCES = 2
+"""Version of the format in which two arguments that are one object arrive as two."""
+
+_SCALARS = {int, float, str, bool, bytes, type(None)}
+_CONTAINERS = {list, tuple, set, frozenset}
 
 
-def _encode_call(call: Call) -> str:
-    if _is_plain([*call.args, *call.kwargs.values()]):
-        return json.dumps([0, call.args, call.kwargs])
-    wire = [codec.to_wire(list(call.args)), codec.to_wire(call.kwargs)]
-    text = json.dumps([1, *wire])
-    if '{"o": ' in text or '{"q": ' in text:
-        _refuse_opaque(codec.from_wire(codec.to_wire([list(call.args), call.kwargs])))
-    return text
-
-
-def _is_plain(values: list[Any]) -> bool:
-    """JSON carries them exactly. Decided on their repr, in C: the values are the trusted side's own."""
-    if not all(type(value) in _JSON_TYPES for value in values):
-        return False
-    try:
-        return not _NOT_PLAIN.search(repr(values))
-    except ValueError:  # more digits than Python converts
-        return False
-
-
-_JSON_TYPES = (int, float, str, bool, list, type(None))
+def _refuse_foreign(value: Any, depth: int) -> None:
+    """Marshalling carries some types as another, and code objects, too: those that arrive as they are, are listed here."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return
+    if kind not in _CONTAINERS and kind is not dict:
+        raise ValueError(f"a Call holds a value of type {kind.__name__!r}; only plain Python values can be passed to the sandbox")
+    if depth > codec.MAX_DEPTH:
+        raise ValueError(f"a Call holds containers nested more than {codec.MAX_DEPTH} deep; the sandbox carries no deeper ones")
+    members = [*value.keys(), *value.values()] if kind is dict else value
+    if not set(map(type, members)) <= _SCALARS:
+        for member in members:
+            _refuse_foreign(member, depth + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +57,12 @@ class Setup:
 
     Attributes:
         imports: Its leading imports of modules that every zygote has loaded, one statement per line; a zygote runs them before any fork.
-        code: The rest, compiled and marshalled, in base64; empty when there is none.
+        code: The rest, compiled and marshalled; empty when there is none.
         source: All of it, when it cannot be taken apart: the child then compiles it.
     """
 
     imports: str = ""
-    code: str = ""
+    code: bytes = b""
     source: str = ""
 
 
@@ -87,7 +78,7 @@ def split_setup(source: str, modules: tuple[str, ...]) -> Setup:
         body = ast.parse(source).body
         leading = list(itertools.takewhile(lambda statement: _imports_only(statement, modules), body))
         rest = ast.Module(body[len(leading) :], [])
-        code = base64.b64encode(marshal.dumps(compile(rest, "<setup>", "exec", dont_inherit=True))).decode() if rest.body else ""
+        code = marshal.dumps(compile(rest, "<setup>", "exec", dont_inherit=True)) if rest.body else b""
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return Setup(source=source)
     return Setup("\n".join(map(ast.unparse, leading)), code)
@@ -99,8 +90,8 @@ def _imports_only(statement: ast.stmt, modules: tuple[str, ...]) -> bool:
     return isinstance(statement, ast.ImportFrom) and statement.level == 0 and statement.module in modules
 
 
-def encode_job(job: Job, calls: str, token: str, setup: Setup) -> bytes:
-    """The job as the child reads it; ``calls`` is the text of :func:`encode_calls`, ``token`` must be in its answer."""
+def encode_job(job: Job, calls: bytes, token: str, setup: Setup) -> bytes:
+    """The job as the child reads it; ``calls`` comes from :func:`encode_calls`, ``token`` must be in its answer."""
     head = {
         "token": token,
         "name": "__main__" if job.as_main else "solution",
@@ -110,19 +101,10 @@ def encode_job(job: Job, calls: str, token: str, setup: Setup) -> bytes:
         "entry": job.entry,
         "invoke": job.invoke,
         "binds": job.binds,
-        "order": job.order or list(range(len(job.calls))),
+        "order": list(job.order or range(len(job.calls))),
+        "calls": calls,
     }
-    return f'{json.dumps(head)[:-1]}, "calls": {calls}}}'.encode()
-
-
-def _refuse_opaque(value: Any) -> None:
-    if isinstance(value, codec.Opaque):
-        raise ValueError(f"a Call holds a value of type {value.type_name!r}; only plain Python values can be passed to the sandbox")
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, list | tuple | set | frozenset):
-        for member in value:
-            _refuse_opaque(member)
+    return marshal.dumps(head, _WITHOUT_REFERENCES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ class Sandbox:
         self._size, self._preload, self._asked = workers, preload, tier
         self._reading = _standard_library() if stdlib_files else ()
         self._workers: list[Worker] = []
-        self._lock, self._texts = threading.Lock(), _CallTexts()
+        self._lock, self._encoded = threading.Lock(), _CallBytes()
         self._owner: int | None = None
         self._report: TierReport | None = None
         self.retries = 0
@@ -144,7 +144,7 @@ class Sandbox:
     def _run(self, jobs: Sequence[Job], limits: Limits, deadline_s: float | None = None) -> list[Outcome]:
         self._require_started()
         with self._lock:
-            batch = _Batch(jobs, limits, self._workers, self._texts, deadline_s)
+            batch = _Batch(jobs, limits, self._workers, self._encoded, deadline_s)
             try:
                 outcomes = batch.run()
             except BaseException:
@@ -181,11 +181,11 @@ class Sandbox:
 class _Batch:
     """One call of :meth:`Sandbox.run`: an event loop over the workers' control sockets, without threads."""
 
-    def __init__(self, jobs: Sequence[Job], limits: Limits, workers: list[Worker], texts: _CallTexts, deadline_s: float | None) -> None:
+    def __init__(self, jobs: Sequence[Job], limits: Limits, workers: list[Worker], encoded: _CallBytes, deadline_s: float | None) -> None:
         self._expected = [Expected(os.urandom(8).hex(), _output_count(job)) for job in jobs]
         self._setups = [_setup(job.setup_code, workers) for job in jobs]
         self._jobs = [
-            encode_job(job, texts.of(job.calls), expected.token, setup)
+            encode_job(job, encoded.of(job.calls), expected.token, setup)
             for job, expected, setup in zip(jobs, self._expected, self._setups, strict=True)
         ]
         self._limits, self._workers = limits, workers
@@ -282,17 +282,17 @@ def _setup(source: str, workers: list[Worker]) -> Setup:
     return setup if all(worker.accepts(setup.imports) for worker in workers) else Setup(source=source)
 
 
-class _CallTexts:
+class _CallBytes:
     """``encode_calls`` once per tuple of calls, for the tuples that were used last; completions of one problem share theirs."""
 
     def __init__(self, size: int = 512) -> None:
-        self._texts: OrderedDict[int, tuple[tuple[Call, ...], str]] = OrderedDict()  # holds the tuples, so their ids stay theirs
+        self._encoded: OrderedDict[int, tuple[tuple[Call, ...], bytes]] = OrderedDict()  # holds the tuples, so their ids stay theirs
         self._size = size
 
-    def of(self, calls: tuple[Call, ...]) -> str:
-        if id(calls) not in self._texts:
-            self._texts[id(calls)] = (calls, encode_calls(calls))
-            if len(self._texts) > self._size:
-                self._texts.popitem(last=False)
-        self._texts.move_to_end(id(calls))
-        return self._texts[id(calls)][1]
+    def of(self, calls: tuple[Call, ...]) -> bytes:
+        if id(calls) not in self._encoded:
+            self._encoded[id(calls)] = (calls, encode_calls(calls))
+            if len(self._encoded) > self._size:
+                self._encoded.popitem(last=False)
+        self._encoded.move_to_end(id(calls))
+        return self._encoded[id(calls)][1]

@@ -5,7 +5,6 @@ Standard library only: the zygote loads this file by path.
 
 from __future__ import annotations
 
-import binascii
 import builtins
 import json
 import marshal
@@ -13,7 +12,7 @@ import sys
 from types import CodeType, ModuleType
 from typing import Any
 
-_dumps, _loads = json.dumps, json.loads
+_dumps, _loads = json.dumps, marshal.loads
 
 # Looked up before any fork. All of builtins would cost a tenth of a job: comparing touches, and so copies, the page of every value.
 _WATCHED = {name: vars(builtins)[name] for name in ("__import__", "eval", "exec", "isinstance", "len", "print", "sum", "type")}
@@ -28,7 +27,7 @@ def answer(raw_job: bytes, output_bytes: int, codec: Any, module: ModuleType) ->
         codec: The codec module.
         module: Where the program runs; it may hold imports that the zygote made for it.
     """
-    job = json.loads(raw_job)
+    job = _loads(raw_job)  # from the trusted side
     frame = _Run(job, output_bytes, codec, module).frame()
     if len(frame) > output_bytes:
         return _dumps({"token": job["token"], "status": "output_limit", "error": "the answer is too large"}).encode()
@@ -50,7 +49,7 @@ class _Run:
         try:
             bodies = [_compiled(job["setup"], "<setup>", "exec")] if job["setup"] else []
             if job["setup_code"]:
-                bodies.append(marshal.loads(binascii.a2b_base64(job["setup_code"])))  # compiled by the trusted side
+                bodies.append(_loads(job["setup_code"]))  # compiled by the trusted side
             bodies.append(_compiled(job["program"], "<program>", "exec"))
         except BaseException as error:  # the parser also raises ValueError, MemoryError and RecursionError on sources it cannot take
             return self._encoded("syntax_error", error=_describe(error))
@@ -72,16 +71,12 @@ class _Run:
 
     def _called(self) -> bytes:
         entry = _compiled(self.job["entry"], "<entry>", "eval")
-        calls, order, from_wire, to_wire = self.job["calls"], self.job["order"], self.codec.from_wire, self.codec.to_wire
-        seen: set[int] = set()
-        again = {index: _dumps(calls[index]) for index in order if index in seen or seen.add(index)}
+        calls, order, to_wire = _loads(self.job["calls"]), self.job["order"], self.codec.to_wire
         answers: list[Any] = []
         for index in order:
-            coded, args, kwargs = _loads(again[index]) if index in again else calls[index]
             try:
                 function = eval(entry, self.namespace)
-                if coded:
-                    args, kwargs = from_wire(args, sys.maxsize), from_wire(kwargs, sys.maxsize)
+                args, kwargs = _loads(calls[index])  # anew every time: the program may change them
                 answers.append([to_wire(function(*args, **kwargs))])  # a copy, now: a later call may change the object
             except BaseException as error:
                 answers.append(_describe(error))

@@ -22,6 +22,7 @@ import gc
 import importlib
 import importlib.util
 import json
+import marshal
 import os
 import random
 import select
@@ -63,20 +64,20 @@ FULL_MODULES = (
 )  # fmt: skip
 """Imported once, before any fork. A child can open no file, so a program can import these and what they import, and nothing else."""
 
-_REHEARSAL = json.dumps(
+_REHEARSAL = marshal.dumps(
     {
         "token": "",
         "name": "solution",
         "setup": "",
-        "setup_code": "",
+        "setup_code": b"",
         "program": "def f(x, y=(1,)):\n    return [x, {str(x): y}]",
         "entry": "f",
         "invoke": None,
         "binds": None,
         "order": [0, 1, 1],
-        "calls": [[0, [1, [2, "a"]], {}], [1, [0.5], {"d": [["y", {"t": [1, None]}]]}]],
+        "calls": marshal.dumps([marshal.dumps(((1, [2, "a"]), {})), marshal.dumps(((0.5,), {"y": (1, None)}))]),
     }
-).encode()
+)
 
 
 def main() -> None:
