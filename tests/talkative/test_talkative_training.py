@@ -109,7 +109,7 @@ class RepeatingGRPO(TalkativeGRPO):
 
 
 def test_identical_texts_of_a_group_are_computed_once_with_the_same_gradient(target: str, cache: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = KINDS["grpo"][1] | {"temperature": 0.3}
+    settings: dict[str, Any] = KINDS["grpo"][1] | {"temperature": 0.05}
     _, merged = fitted("grpo", target, cache, tmp_path, steps=1, **settings)
     module, witness = made(RepeatingGRPO, target, **settings), GradientWitness()
     trainer_of(tmp_path, witness).fit(module, datamodule=data(target, cache))
