@@ -113,13 +113,13 @@ bench-recovery: setup ## do toy decompositions recover the ground truth, over 3 
 bench-transcoder: setup venv-coders ## a sparse coder's step beside sparsify, SAELens and dictionary_learning; JSON=FILE keeps the numbers
 	@OMP_NUM_THREADS=1 .venv-coders/bin/python benchmarks/transcoder.py $(if $(JSON),--json $(JSON))
 
-demo-transcoder: setup ## nested transcoders on the right and the wrong site, in under 5 minutes on 2 cores: runs/demo_transcoder/report/index.html
+demo-transcoder: setup ## nested transcoders on the right and the wrong site: runs/demo_transcoder/report/index.html
 	@$(RUN) -m theodolite.demo_transcoder
 
 demo-decomposition: setup ## decompose a toy model with 3 seeds and attack it: runs/demo-decomposition/report/index.html
 	@$(RUN) -m theodolite.decomposition_demo --out runs/demo-decomposition
 
-demo-talkative: setup ## activations in words and back, before and after RL, in under 6 minutes: runs/demo_talkative/sweep/best_of_k/
+demo-talkative: setup ## activations in words and back, before and after RL: runs/demo_talkative/sweep/best_of_k/
 	@$(RUN) -m theodolite.demo_talkative --out runs/demo_talkative
 
 wheel: setup ## build the wheel into dist/, test it outside of the repository, check who imports whom
