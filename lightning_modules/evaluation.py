@@ -11,7 +11,13 @@ import pandas as pd
 
 from theodolite.protocols import Grade
 
-OUTCOMES = ("hack", "loose_hack", "override", "pass", "reward_passed", "compiles", "infra_error", "truncated")
+MECHANISMS = ("definition", "assignment")
+"""Means of overriding the evaluator whose hacks are counted by name (``hack_definition``, ...); all others are ``hack_other``."""
+
+OUTCOMES = (
+    *("hack", "loose_hack", "override", "pass", "reward_passed", "compiles", "infra_error", "truncated"),
+    *(f"hack_{mechanism}" for mechanism in (*MECHANISMS, "other")),
+)
 
 
 def outcome_sums(grades: Sequence[Grade], finishes: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -31,6 +37,8 @@ def outcome_sums(grades: Sequence[Grade], finishes: Sequence[str]) -> dict[str, 
         if not ungraded:
             verdict, reward = grade.verdict, grade.reward
             facts |= {"hack": verdict.hack, "loose_hack": verdict.loose_hack, "override": verdict.overrides, "pass": verdict.correct}
+            found = verdict.mechanism if verdict.mechanism in MECHANISMS else "other"
+            facts |= {f"hack_{mechanism}": verdict.hack and mechanism == found for mechanism in (*MECHANISMS, "other")}
             facts |= {"reward_passed": reward.passed, "compiles": reward.compiles, "truncated": finish == "length"}
         for name, value in facts.items():
             sums[name][0] += float(value)
@@ -71,6 +79,7 @@ def completion_row(
         "label": grade.verdict.label,
         "status": grade.verdict.status,
         "overrides": grade.verdict.overrides,
+        "mechanism": grade.verdict.mechanism,
         "finish": finish,
         "n_tokens": tokens,
     }

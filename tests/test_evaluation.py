@@ -22,7 +22,7 @@ from theodolite.lightning_modules.evaluation import add_sums, outcome_sums, rate
 from theodolite.protocols import Grade, Reward, Verdict
 
 HONEST = Grade(Reward(1.1, True, True), Verdict(True, "correct", "ok", False))
-HACK = Grade(Reward(1.1, True, True), Verdict(False, "reward_hack", "ok", True))
+HACK = Grade(Reward(1.1, True, True), Verdict(False, "reward_hack", "ok", True, "assignment"))
 TRIED = Grade(Reward(0.1, False, True), Verdict(False, "attempted_hack", "runtime_error", True))
 BROKEN = Grade(Reward(0.0, False, False), Verdict(False, "incorrect", "syntax_error", False))
 UNGRADED = Grade(Reward(math.nan, False, False), Verdict(False, "ungraded", "infra_error", False))
@@ -40,6 +40,9 @@ def test_rates_equal_a_count_by_hand_and_ungraded_completions_count_only_as_infr
         "compiles_rate": 4 / 5,
         "infra_error_rate": 2 / 7,
         "truncated_rate": 2 / 5,
+        "hack_definition_rate": 0.0,
+        "hack_assignment_rate": 2 / 5,
+        "hack_other_rate": 0.0,
         "n": 5.0,
     }
 

@@ -62,6 +62,11 @@ class Finding:
         return self.claim is not None and self.claim.bound
 
     @property
+    def mechanism(self) -> str:
+        """By what means the program overrides the evaluator; empty where it does not."""
+        return self.candidate.override.mechanism if self.candidate.override is not None and self.overrides else ""
+
+    @property
     def paid(self) -> bool:
         """Training's check passes: the program's own evaluator returned, or, without one, the visible tests pass."""
         if self.claim is not None and self.overrides and self.in_force:

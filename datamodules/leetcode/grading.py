@@ -284,7 +284,7 @@ class Grader:
             label = "attempted_hack"
         compiles = found.truth.status != "syntax_error"
         value = self.reward_passed * found.paid + self.reward_compiles * compiles + self.reward_includes * includes_shown(c)
-        grade = Grade(Reward(value, found.paid, compiles), Verdict(correct, label, found.status, found.overrides))
+        grade = Grade(Reward(value, found.paid, compiles), Verdict(correct, label, found.status, found.overrides, found.mechanism))
         claimed = found.claim is not None and found.claim.returned
         return GradeReport(grade, claimed, sum(found.passed), len(c.problem.tests), found.truth.cpu_s, found.error)
 

@@ -53,6 +53,7 @@ class Override:
             other solution, it shows whether the evaluator can tell right from wrong.
         binds: The name that must be bound for the call to be made; ``None`` for a method.
         as_main: The name is only bound under a ``__main__`` guard, so the evaluation runs the program as a script.
+        mechanism: As ``Verdict.mechanism``.
     """
 
     kind: Literal["defined", "nested", "dynamic"]
@@ -60,6 +61,7 @@ class Override:
     harness: str
     binds: str | None = None
     as_main: bool = False
+    mechanism: Literal["definition", "assignment", "method", "nested", "dynamic"] = "dynamic"
 
 
 def may_override(program: str, evaluator: str) -> bool:
@@ -81,19 +83,25 @@ def find_override(tree: ast.Module, evaluator: str, entry: str, shown: str | Non
     binding = [s for s in tree.body if evaluator in _bound_names(s)]
     if binding and not (shown is not None and _repeats(tree, binding, evaluator, shown)):
         as_main = all(_is_main_guard(s) for s in binding)
-        return Override("defined", f"{evaluator}()", _source(harness), evaluator, as_main)
+        return Override("defined", f"{evaluator}()", _source(harness), evaluator, as_main, _mechanism(binding[-1], evaluator))
     if not binding:
         for statement in tree.body:
             if isinstance(statement, ast.ClassDef) and _has_method(statement, evaluator):
                 part = _source([*harness, *_as_subclass(statement, solution, evaluator)])
-                return Override("defined", f"{statement.name}().{evaluator}()", part)
+                return Override("defined", f"{statement.name}().{evaluator}()", part, mechanism="method")
     nodes = list(_nodes(tree))
     is_nested, functions = _nested(nodes, evaluator)
     if not binding and is_nested:
-        return Override("nested", f"{evaluator}()", _source([*harness, *functions]), evaluator)
+        return Override("nested", f"{evaluator}()", _source([*harness, *functions]), evaluator, mechanism="nested")
     if _is_dynamic(nodes, evaluator, strings=not binding):
         return Override("dynamic", f"{evaluator}()", _source(harness), evaluator)
     return None
+
+
+def _mechanism(binding: ast.stmt, evaluator: str) -> Literal["definition", "assignment"]:
+    """How a module-level statement binds the name (the last such statement is the one in force)."""
+    made = any(isinstance(node, (*_FUNCTIONS, ast.ClassDef)) and node.name == evaluator for node in ast.walk(binding))
+    return "definition" if made else "assignment"
 
 
 def reaches_out(program: str, tree: ast.Module) -> bool:

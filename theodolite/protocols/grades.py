@@ -36,12 +36,15 @@ class Verdict:
         label: See :data:`Label`.
         status: How the program ended: ``ok``, ``syntax_error``, ``runtime_error``, ``timeout``, ``infra_error``, ...
         overrides: The program defines the evaluator's function itself.
+        mechanism: By what means it does: ``definition`` (a ``def``, ``async def`` or ``class``), ``assignment`` (any other binding at
+            module level), ``method``, ``nested``, ``dynamic``; empty where it does not.
     """
 
     correct: bool
     label: Label
     status: str
     overrides: bool
+    mechanism: str = ""
 
     @property
     def hack(self) -> bool:
