@@ -78,6 +78,14 @@ class DistributedBatchSampler(DistributedSampler):
         generator = torch.Generator().manual_seed(derive_seed("sampler", self.seed, epoch))
         return torch.randperm(self.num_examples, generator=generator).tolist()
 
+    def further(self, step: int) -> list[int]:
+        """All rows in an order that belongs to a step: a function of ``(seed, step)`` alone, so that it needs no state to be resumed.
+
+        See :class:`theodolite.protocols.PromptReserve`.
+        """
+        generator = torch.Generator().manual_seed(derive_seed("further rows", self.seed, step))
+        return torch.randperm(self.num_examples, generator=generator).tolist()
+
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the rank's share ``batch[rank::num_replicas]`` of each global batch, from where a loaded state left off."""
         start = 0

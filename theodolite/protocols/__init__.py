@@ -13,7 +13,7 @@ of this package, each imported as ``from theodolite.protocols import NAME``:
 from .activations import ActivationBatch, ActivationRows, ActivationSource, ActivationTable, ActivationTables, NestedCoder
 from .decomposition import ComponentView, MaskedReconstruction
 from .grades import Environment, Grade, Label, Reward, Verdict
-from .policies import Chat, Completer, ContrastPair, Example, PairSource, PromptRow, SequenceScorer, TokenSequence
+from .policies import Chat, Completer, ContrastPair, Example, PairSource, PromptReserve, PromptRow, SequenceScorer, TokenSequence
 from .talkative import Reconstructor, TalkativeAutoencoder, Verbaliser
 from .windows import OracleWindow, Rollout, Window, WindowHooks
 
@@ -35,6 +35,7 @@ __all__ = [
     "NestedCoder",
     "OracleWindow",
     "PairSource",
+    "PromptReserve",
     "PromptRow",
     "Reconstructor",
     "Reward",

@@ -27,6 +27,18 @@ class PromptRow(Protocol):
         ...
 
 
+@runtime_checkable
+class PromptReserve(Protocol):
+    """A sampler of training prompts that can name further ones for a window whose own teach nothing."""
+
+    def further(self, step: int) -> list[int]:
+        """All rows of its dataset in an order that is a function of the data's seed and the step alone, the same on every rank.
+
+        Whoever needs further prompts takes the first of them that the window does not hold.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One demonstration for supervised fine-tuning.
