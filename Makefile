@@ -62,12 +62,11 @@ venv-peers: .venv-peers/.installed ## .venv-peers with TRL beside this package
 
 venv-coders: .venv-coders/.installed ## .venv-coders with SAELens, sparsify and dictionary_learning beside this package
 
-# torchvision comes with a peer and is not used; its build for GPUs cannot be imported beside a CPU build of torch
+# one resolution for all: torchvision comes with a peer, is not used, and would pull a newer torch; its GPU build cannot be imported beside a CPU one
 .venv-coders/.installed: pyproject.toml constraints.txt
 	@test -x .venv-coders/bin/python || $(PYTHON) -m venv .venv-coders
 	@.venv-coders/bin/python -m pip install -qq --disable-pip-version-check --no-input "torch==2.13.0"
-	@.venv-coders/bin/python -m pip install -qq --disable-pip-version-check --no-input sae-lens==6.54.12 eai-sparsify==1.3.3 dictionary-learning==0.1.0
-	@.venv-coders/bin/python -m pip install -qq --disable-pip-version-check --no-input -e . pytest pytest-timeout hypothesis
+	@.venv-coders/bin/python -m pip install -qq --disable-pip-version-check --no-input "torch==2.13.0" sae-lens==6.54.12 eai-sparsify==1.3.3 dictionary-learning==0.1.0 -e . pytest pytest-timeout hypothesis
 	@.venv-coders/bin/python -m pip uninstall -qq -y torchvision
 	@touch $@
 
