@@ -22,6 +22,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import statistics
 import sys
 import time
@@ -79,6 +80,7 @@ def ours(nested: bool, activation: str) -> TranscoderModule:
 
 def sparsify_step(transcode: bool) -> Step:
     """Sparsify's sparse coder with its FVU loss, Adam and its count of tokens since a latent fired."""
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # where Triton is installed it would be used, also for tensors on a CPU
     with contextlib.redirect_stdout(io.StringIO()):
         from sparsify import SaeConfig  # type: ignore[import-not-found]
         from sparsify.sparse_coder import SparseCoder  # type: ignore[import-not-found]
