@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -55,7 +56,7 @@ def _as_is(batch: Batch) -> Batch:
     return batch
 
 
-class GradedDataModule(pl.LightningDataModule):
+class GradedDataModule(pl.LightningDataModule, ABC):
     """A datamodule with an ``environment`` and held-out problems; subclasses add what is trained on.
 
     Batches are plain lists, one per global batch: this rank's rows, whose ``i``-th has the global slot ``rank + i * world_size``. A list
@@ -93,13 +94,13 @@ class GradedDataModule(pl.LightningDataModule):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
 
+    @abstractmethod
     def open_source(self) -> ProblemSource:
         """Open the problems; called once, when they are first needed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def train_dataset(self) -> Dataset:
         """The training rows, indexed by lists of indices; has a length."""
-        raise NotImplementedError
 
     @property
     def source(self) -> ProblemSource:
