@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
 
 from theodolite.distributed import gather_objects
+from theodolite.distributed import on_every_rank
 from theodolite.protocols import Chat, Environment, TokenSequence
 from theodolite.seeds import derive_seed, run_seed
 
@@ -25,7 +26,8 @@ from .decoding import Sampling
 from .evaluation import add_sums, completion_row, outcome_sums, rates, write_completions
 from .manual import SCHEDULES, ManualModule
 from .policy import add_lora, check_policy_folder, freeze_all_but, load_policy, load_tokenizer
-from .rollouts import HFRollout, RolloutEngine, Sample
+from .rollout_choice import build_engine
+from .rollouts import RolloutEngine, Sample
 from .scoring import completion_log_probs, completion_states, pad_sequences, shared_prefix_log_probs, supports_shared_prefix
 from .tokenizer import train_tokenizer
 
@@ -64,6 +66,8 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
             shared (sliding windows, recurrent layers) takes the padded path, which is said at start.
         merge_adapter: Fold a LoRA adapter into a copy of its base while sampling: faster decoding for that much memory. Float32 only:
             a rounded sum would be another policy than the one trained.
+        rollout: ``class_path`` and ``init_args`` of another sampler, e.g. ``VLLMRollout`` or ``VLLMServerRollout``; null = the trainer's
+            own model decodes.
         export: Save the trained policy as a plain ``transformers`` (or PEFT) folder ``policy/`` in the run directory.
     """
 
@@ -95,6 +99,7 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
         micro_batch_size: int | None = None,
         shared_prefix: bool = True,
         merge_adapter: bool = False,
+        rollout: dict[str, Any] | None = None,
         export: bool = True,
     ) -> None:
         super().__init__()
@@ -128,7 +133,7 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
         self.eval_sampling = Sampling(max_new_tokens, temperature if eval_temperature is None else eval_temperature, top_p, top_k)
         self.eval_samples, self.micro_batch_size, self.export = eval_samples, micro_batch_size, export
         self.shared_prefix = shared_prefix
-        self.engine: RolloutEngine = HFRollout(merge_adapter=merge_adapter)
+        self.engine: RolloutEngine = build_engine(rollout, merge_adapter)
         self.model: nn.Module | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._evaluated: dict[int, list[dict[str, Any]]] = {}
@@ -149,7 +154,8 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
             if self.shared_prefix and not supports_shared_prefix(self.causal_lm):
                 rank_zero_info("shared_prefix: this model's cache cannot be shared between completions, the padded path is used.")
                 self.shared_prefix = False
-        self.engine.setup(self.causal_lm, self.end_ids, self.pad_id)
+        folder = None if self._trainer is None else Path(self._trainer.default_root_dir)
+        self.engine.setup(self.causal_lm, self.end_ids, self.pad_id, folder)
 
     def _build_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.train_tokenizer is None:
@@ -250,7 +256,7 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
         """Prompt ids and ``n`` completions per row; seeds are a function of (run seed, purpose, problem, sample)."""
         prompts = [self.encode_prompt(row.prompt) for row in rows]
         seeds = [[derive_seed(self.run_seed, *purpose, row.id, i) for i in range(n)] for row in rows]
-        return prompts, self.engine.generate(prompts, sampling, seeds)
+        return prompts, on_every_rank(lambda: self.engine.generate(prompts, sampling, seeds))
 
     def complete(self, prompts: Sequence[str | Chat], n: int, seed: int, greedy: bool = False) -> list[list[str]]:
         """``n`` completions of every prompt, drawn as in evaluation, or greedily; a function of prompt, seed and weights."""

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -37,8 +38,11 @@ class Sample:
 class RolloutEngine(Protocol):
     """What a policy module needs of a sampler. Nothing is constructed before ``setup``."""
 
-    def setup(self, model: nn.Module, end_ids: Sequence[int], pad_id: int) -> None:
-        """Bind to the policy's weights."""
+    own_numerics: bool
+    """Whether the sampler computes with kernels, or weights, other than the trainer's."""
+
+    def setup(self, model: nn.Module, end_ids: Sequence[int], pad_id: int, folder: Path | None = None) -> None:
+        """Bind to the policy's weights; ``folder`` is the run's."""
         ...
 
     def sync(self, version: int) -> None:
@@ -74,6 +78,8 @@ class HFRollout:
         merge_adapter: Fold a LoRA adapter into its base meanwhile; see :func:`~.merged_adapter.merged_adapter`.
     """
 
+    own_numerics = False
+
     def __init__(self, max_rows: int = 4096, merge_adapter: bool = False) -> None:
         self.max_rows, self.merge_adapter = max_rows, merge_adapter
         self._model: nn.Module | None = None
@@ -81,7 +87,7 @@ class HFRollout:
         self._pad_id = 0
         self._version = 0
 
-    def setup(self, model: nn.Module, end_ids: Sequence[int], pad_id: int) -> None:
+    def setup(self, model: nn.Module, end_ids: Sequence[int], pad_id: int, folder: Path | None = None) -> None:
         """See :class:`RolloutEngine`."""
         self._model, self._end_ids, self._pad_id = model, frozenset(end_ids), pad_id
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +24,30 @@ def gather_objects(value: T) -> list[T]:
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def on_every_rank(make: Callable[[], T]) -> T:
+    """What ``make`` returns on this rank; where it fails on one, all ranks fail, and none waits for it. All ranks must call it.
+
+    Raises:
+        RuntimeError: Another rank failed; the message says which, and of what.
+        Exception: Whatever ``make`` raised on this rank.
+    """
+    if world_size() == 1:
+        return make()
+    made: list[T] = []
+    error: Exception | None = None
+    try:
+        made.append(make())
+    except Exception as raised:  # the other ranks have to hear of it first
+        error = raised
+    texts = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, text in enumerate(texts):
+        if text is not None:
+            raise RuntimeError(f"rank {rank} failed ({text}).")
+    return made[0]
 
 
 def concatenate_over_ranks(tensor: Tensor) -> Tensor:
