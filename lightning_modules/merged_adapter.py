@@ -21,9 +21,7 @@ def merged_adapter(model: nn.Module) -> Iterator[None]:
     Args:
         model: Any model; one without a LoRA adapter is left as it is.
     """
-    adapted: list[tuple[nn.Module, str, Any]] = [
-        (parent, name, layer) for parent in model.modules() for name, layer in parent.named_children() if _is_adapted(layer)
-    ]
+    adapted = adapted_layers(model)
     originals: list[tuple[nn.Parameter, Tensor]] = []
     try:
         with torch.no_grad():
@@ -42,6 +40,11 @@ def merged_adapter(model: nn.Module) -> Iterator[None]:
             weight.data = original
         for parent, name, layer in adapted:
             setattr(parent, name, layer)
+
+
+def adapted_layers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Every layer that carries a LoRA adapter: its parent, its name there, and itself."""
+    return [(parent, name, layer) for parent in model.modules() for name, layer in parent.named_children() if _is_adapted(layer)]
 
 
 def _is_adapted(layer: Any) -> bool:
