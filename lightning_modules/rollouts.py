@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .decoding import Prefix, Sampling, decode, evaluation_mode, uniform_streams
+from .continuations import Prefix
+from .decoding import Sampling, decode, evaluation_mode, uniform_streams
 from .merged_adapter import merged_adapter
+from .prompt_attention import supports_prompt_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +71,10 @@ class RolloutEngine(Protocol):
 class HFRollout:
     """Decodes with the live ``transformers`` model.
 
-    Each prompt is computed once and its key-value cache repeated over the group; rows that have ended leave the batch; the sampler's
-    log-probabilities come from the same softmax that the token was drawn from. Randomness is one counter-based stream per sample, so a
-    sample does not depend on which others share its batch (up to float noise in the logits).
+    Each prompt is computed once, and its keys and values are read once per step for its whole group (where an architecture wants more than
+    plain attention they are repeated over the group); rows that have ended leave the batch; the sampler's log-probabilities come from the
+    same softmax that the token was drawn from. Randomness is one counter-based stream per sample, so a sample does not depend on which
+    others share its batch (up to float noise in the logits).
 
     Args:
         max_rows: Most completions decoded at once; more are decoded in turns. Bounds memory, changes nothing else.
@@ -86,10 +89,12 @@ class HFRollout:
         self._end_ids: frozenset[int] = frozenset()
         self._pad_id = 0
         self._version = 0
+        self._shares_prompts: bool | None = None  # not tried out yet
 
     def setup(self, model: nn.Module, end_ids: Sequence[int], pad_id: int, folder: Path | None = None) -> None:
         """See :class:`RolloutEngine`."""
         self._model, self._end_ids, self._pad_id = model, frozenset(end_ids), pad_id
+        self._shares_prompts = None
 
     def sync(self, version: int) -> None:
         """The live model is the policy: only the version is noted."""
@@ -130,6 +135,8 @@ class HFRollout:
         assert self._model is not None
         device = next(self._model.parameters()).device
         with evaluation_mode(self._model):
+            if self._shares_prompts is None:
+                self._shares_prompts = supports_prompt_attention(self._model)
             uniforms = uniform_streams([seed for group in seeds for seed in group], sampling.max_new_tokens)
             prefix = self._prefill(prompts, torch.tensor(counts), device)
             done = decode(self._model, prefix, uniforms, sampling, sorted(self._end_ids), self._pad_id)
@@ -162,9 +169,7 @@ class HFRollout:
             logits_to_keep=1,
         )
         index = torch.repeat_interleave(torch.arange(len(prompts)), repeats).to(device)
-        cache = outputs.past_key_values
-        cache.batch_select_indices(index)
-        return Prefix(cache, outputs.logits[index, -1], attention[index], attention.sum(dim=1)[index])
+        return Prefix.repeated(outputs.past_key_values, outputs.logits[:, -1], attention, index, bool(self._shares_prompts))
 
 
 def _turns(counts: Sequence[int], most: int) -> list[tuple[int, int]]:
