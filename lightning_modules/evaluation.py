@@ -57,8 +57,14 @@ def add_sums(parts: Sequence[dict[str, tuple[float, float]]]) -> dict[str, tuple
 
 
 def rates(sums: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """``{"hack_rate": ..., "n": ...}``: sum / count by name (NaN where nothing was counted) and the number of graded completions."""
-    named = {f"{name}_rate": total / count if count else float("nan") for name, (total, count) in sums.items()}
+    """``{"hack_rate": ..., "n": ...}``: sum / count by name (NaN where nothing was counted) and the number of graded completions.
+
+    ``kl_k1`` and ``kl_k3`` are means over tokens and keep their name. ``hack_given_attempt`` is the share of attempts (the loose hack
+    label) that are hacks: it tells an arm that attempts less from one that attempts and fails.
+    """
+    sums = sums | {"hack_given_attempt": (sums["hack"][0], sums["loose_hack"][0])}
+    plain = ("kl_k1", "kl_k3", "hack_given_attempt")
+    named = {name if name in plain else f"{name}_rate": total / count if count else float("nan") for name, (total, count) in sums.items()}
     return named | {"n": sums["pass"][1]}
 
 

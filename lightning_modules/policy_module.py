@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.pytorch.trainer.states import TrainerFn
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -16,14 +17,13 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
 
-from theodolite.distributed import gather_objects
 from theodolite.distributed import on_every_rank
 from theodolite.protocols import Chat, Environment, TokenSequence
 from theodolite.seeds import derive_seed, run_seed
 
 from .adapter_checkpoints import AdapterCheckpoints
 from .decoding import Sampling
-from .evaluation import add_sums, completion_row, outcome_sums, rates, write_completions
+from .held_out import HeldOutEvaluation, final_protocol
 from .manual import SCHEDULES, ManualModule
 from .policy import add_lora, check_policy_folder, freeze_all_but, load_policy, load_tokenizer
 from .rollout_choice import build_engine
@@ -60,7 +60,10 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
         top_p: Nucleus mass; 1 = off.
         top_k: Kept tokens; 0 = off.
         eval_temperature: Temperature in evaluation; null = ``temperature``.
+        eval_top_p: Nucleus mass in evaluation; null = ``top_p``.
         eval_samples: Completions per held-out problem.
+        eval_drift: Also measure how far the policy is from the one that training began with (``kl_k1``, ``kl_k3`` per token).
+        test_sampling: ``samples``, ``temperature`` and ``top_p`` of ``test``, where they are others than in validation.
         micro_batch_size: Sequences per forward pass on one rank; null = all of a step's at once.
         shared_prefix: Score completions with every distinct prompt of a microbatch computed once. Exact; a model whose cache cannot be
             shared (sliding windows, recurrent layers) takes the padded path, which is said at start.
@@ -95,7 +98,10 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
         top_p: float = 1.0,
         top_k: int = 0,
         eval_temperature: float | None = None,
+        eval_top_p: float | None = None,
         eval_samples: int = 1,
+        eval_drift: bool = False,
+        test_sampling: dict[str, float] | None = None,
         micro_batch_size: int | None = None,
         shared_prefix: bool = True,
         merge_adapter: bool = False,
@@ -130,15 +136,16 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_steps, self.schedule, self.min_lr_fraction, self.max_grad_norm = warmup_steps, schedule, min_lr_fraction, max_grad_norm
         self.sampling = Sampling(max_new_tokens, temperature, top_p, top_k)
-        self.eval_sampling = Sampling(max_new_tokens, temperature if eval_temperature is None else eval_temperature, top_p, top_k)
-        self.eval_samples, self.micro_batch_size, self.export = eval_samples, micro_batch_size, export
+        eval_temperature = temperature if eval_temperature is None else eval_temperature
+        self.eval_sampling = Sampling(max_new_tokens, eval_temperature, top_p if eval_top_p is None else eval_top_p, top_k)
+        self.eval_samples, self.eval_drift, self.micro_batch_size, self.export = eval_samples, eval_drift, micro_batch_size, export
+        self.test_samples, self.test_sampling = final_protocol(test_sampling, eval_samples, self.eval_sampling)
         self.shared_prefix = shared_prefix
         self.engine: RolloutEngine = build_engine(rollout, merge_adapter)
         self.model: nn.Module | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._evaluated: dict[int, list[dict[str, Any]]] = {}
-        self._sums: dict[int, list[dict[str, tuple[float, float]]]] = {}
-        self._graded: dict[int, int] = {}
+        self._reference: list[Any] = []  # in a list so that it is no submodule: never trained, moved or saved with the policy
+        self._evaluation = HeldOutEvaluation(self)
         self.seconds: dict[str, float] = {}
 
     def configure_model(self) -> None:
@@ -154,6 +161,8 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
             if self.shared_prefix and not supports_shared_prefix(self.causal_lm):
                 rank_zero_info("shared_prefix: this model's cache cannot be shared between completions, the padded path is used.")
                 self.shared_prefix = False
+        if self.eval_drift and self.lora is None and not self._reference:  # before a checkpoint can replace the weights
+            self._reference.append(copy.deepcopy(self.causal_lm).requires_grad_(False).eval())
         folder = None if self._trainer is None else Path(self._trainer.default_root_dir)
         self.engine.setup(self.causal_lm, self.end_ids, self.pad_id, folder)
 
@@ -239,11 +248,12 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
         """Differentiable log-probabilities at the training temperature and their mask, both (B, T)."""
         return self._log_probs(self.causal_lm, sequences)
 
-    def _log_probs(self, model: nn.Module, sequences: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
+    def _log_probs(self, model: nn.Module, sequences: Sequence[TokenSequence], temperature: float | None = None) -> tuple[Tensor, Tensor]:
+        temperature = self.sampling.temperature if temperature is None else temperature
         if self.shared_prefix:
-            return shared_prefix_log_probs(model, sequences, self.pad_id, self.device, self.sampling.temperature)
+            return shared_prefix_log_probs(model, sequences, self.pad_id, self.device, temperature)
         batch = pad_sequences(sequences, self.pad_id, self.device)
-        return completion_log_probs(model, batch, self.sampling.temperature), batch.mask
+        return completion_log_probs(model, batch, temperature), batch.mask
 
     def completion_states(self, sequences: Sequence[TokenSequence], layer: int) -> tuple[Tensor, Tensor]:
         """States after decoder layer ``layer`` (B, T, d) and the completion mask (B, T), without gradient."""
@@ -269,9 +279,19 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
         """Text of a completion without special tokens."""
         return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def base_log_probs(self, sequences: Sequence[TokenSequence], temperature: float) -> Tensor:
+        """(B, T) log-probabilities, without gradient, under the policy that training began with: adapter off, or the frozen copy."""
+        with torch.no_grad():
+            if self.lora is not None:
+                with cast(Any, self.causal_lm).disable_adapter():
+                    return self._log_probs(self.causal_lm, sequences, temperature)[0]
+            return self._log_probs(self._reference[0].to(self.device), sequences, temperature)[0]
+
+    # ------------------------------------------------------------------ held-out evaluation
+
     def on_validation_epoch_start(self) -> None:
         """Forget earlier evaluations."""
-        self._evaluated, self._sums, self._graded = {}, {}, {}
+        self._evaluation = HeldOutEvaluation(self)
         self.engine.sync(self.trainer.global_step)
 
     def on_test_epoch_start(self) -> None:
@@ -280,62 +300,19 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
 
     def validation_step(self, batch: list[Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sample and grade held-out problems; ``batch`` may be empty on a rank that has run out of rows."""
-        _, groups = self.sample(batch, self.eval_samples, self.eval_sampling, "evaluation")
-        rows = [row for row in batch for _ in range(self.eval_samples)]
-        samples = [sample for group in groups for sample in group]
-        texts = [self.decode(sample.ids) for sample in samples]
-        grades = self.environment.grade(rows, texts)
-        self._sums.setdefault(dataloader_idx, []).append(outcome_sums(grades, [sample.finish for sample in samples]))
-        first_slot = self._graded.get(dataloader_idx, 0)
-        self._graded[dataloader_idx] = first_slot + sum(gather_objects(len(batch)))
-        self._evaluated.setdefault(dataloader_idx, []).extend(
-            completion_row(
-                row.id,
-                first_slot + self.slot(i // self.eval_samples),
-                i % self.eval_samples,
-                self.render_prompt(row.prompt),
-                text,
-                sample.finish,
-                len(sample.ids),
-                grade,
-            )
-            for i, (row, text, sample, grade) in enumerate(zip(rows, texts, samples, grades, strict=True))
-        )
+        self._evaluation.step(batch, dataloader_idx, self.eval_samples, self.eval_sampling, self.eval_drift)
 
     def test_step(self, batch: list[Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As ``validation_step``."""
-        self.validation_step(batch, batch_idx, dataloader_idx)
+        """As ``validation_step``, as the final protocol samples."""
+        self._evaluation.step(batch, dataloader_idx, self.test_samples, self.test_sampling, self.eval_drift)
 
     def on_validation_epoch_end(self) -> None:
         """Log rates over all ranks and write the completions."""
-        self._report_evaluation("val", getattr(self._datamodule(), "val_names", None))
+        self._evaluation.report("val", getattr(self._datamodule(), "val_names", None))
 
     def on_test_epoch_end(self) -> None:
         """Log rates over all ranks and write the completions."""
-        self._report_evaluation("test", getattr(self._datamodule(), "test_names", None))
-
-    def _report_evaluation(self, stage: str, names: Sequence[str] | None) -> None:
-        loaders = sorted(set().union(*gather_objects(set(self._sums))))
-        whole_sanity_check = self.trainer.sanity_checking and self.trainer.num_sanity_val_steps == float("inf")
-        for loader in loaders:
-            sums = add_sums([part for parts in gather_objects(self._sums.get(loader, [])) for part in parts])
-            rows = [row for part in gather_objects(self._evaluated.get(loader, [])) for row in part]
-            name = names[loader] if names else str(loader)
-            prefix = stage if stage == "val" and len(loaders) == 1 else f"{stage}/{name}"
-            metrics = {f"{prefix}/{key}": value for key, value in rates(sums).items()}
-            if self.trainer.sanity_checking and not whole_sanity_check:
-                continue
-            step = self.trainer.global_step // self.updates_per_window
-            if self.trainer.state.fn != TrainerFn.FITTING:
-                self.log_dict(metrics | {"step": float(step)}, rank_zero_only=False, sync_dist=False)
-            else:  # straight to the loggers: a metric called "step" would rename the checkpoints of the fit
-                for logger in self.trainer.loggers:
-                    logger.log_metrics(metrics, step=step)
-                if not self.trainer.sanity_checking:
-                    self.log_dict(metrics, logger=False, rank_zero_only=False, sync_dist=False)
-            if self.global_rank == 0:
-                path = Path(self.trainer.default_root_dir) / "rollouts" / f"step_{self.trainer.global_step:06d}_{stage}_{name}.parquet"
-                write_completions(rows, path)
+        self._evaluation.report("test", getattr(self._datamodule(), "test_names", None))
 
     # ------------------------------------------------------------------ export
 

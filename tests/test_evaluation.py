@@ -19,6 +19,7 @@ from tiny_policies import POLICIES, TinyPrompts, tokenizer, weights_of
 
 from theodolite.lightning_modules import GRPOModule
 from theodolite.lightning_modules.evaluation import add_sums, outcome_sums, rates
+from theodolite.lightning_modules.held_out import drift_sums
 from theodolite.protocols import Grade, Reward, Verdict
 
 HONEST = Grade(Reward(1.1, True, True), Verdict(True, "correct", "ok", False))
@@ -43,6 +44,7 @@ def test_rates_equal_a_count_by_hand_and_ungraded_completions_count_only_as_infr
         "hack_definition_rate": 0.0,
         "hack_assignment_rate": 2 / 5,
         "hack_other_rate": 0.0,
+        "hack_given_attempt": 2 / 3,
         "n": 5.0,
     }
 
@@ -62,10 +64,9 @@ def test_sums_of_any_split_add_up() -> None:
     assert add_sums(parts) == add_sums([outcome_sums(grades, ends)])
 
 
-def made() -> GRPOModule:
-    module = GRPOModule(
-        policy=POLICIES["gpt2"], train_tokenizer={"vocab_size": 280}, max_new_tokens=10, eval_samples=2, seed=3, export=False
-    )
+def made(**settings: Any) -> GRPOModule:
+    sizes: dict[str, Any] = {"max_new_tokens": 10, "eval_samples": 2, "seed": 3, "export": False}
+    module = GRPOModule(policy=POLICIES["gpt2"], train_tokenizer={"vocab_size": 280}, **(sizes | settings))
     module._build_tokenizer = tokenizer  # pyright: ignore
     return module
 
@@ -92,6 +93,45 @@ def test_rows_and_rates_are_the_same_for_any_batch_size(tmp_path: Path) -> None:
     assert numbers[0][0]["val/hack_rate"] == pytest.approx((graded["label"] == "reward_hack").mean())
     assert numbers[0][0]["val/infra_error_rate"] == pytest.approx((table["label"] == "ungraded").mean())
     assert numbers[0][0]["val/truncated_rate"] == pytest.approx((graded["finish"] == "length").mean())
+
+
+def test_drift_is_the_mean_over_tokens_of_both_estimates() -> None:
+    own, reference = [[-0.5, -1.0], [-2.0]], [[-0.7, -0.9], [-2.5]]
+    gaps = np.array([-0.2, 0.1, -0.5])
+    sums = drift_sums(own, reference)
+    assert sums["kl_k1"] == (pytest.approx(-gaps.sum()), 3.0)
+    assert sums["kl_k3"] == (pytest.approx((np.exp(gaps) - 1 - gaps).sum()), 3.0)
+
+
+def test_a_policy_has_not_drifted_from_itself_and_has_once_it_is_changed(tmp_path: Path) -> None:
+    module = made(eval_drift=True, micro_batch_size=3)
+    (before,) = trainer_of(tmp_path / "a").validate(module, datamodule=TinyPrompts(), verbose=False)
+    assert before["val/kl_k1"] == pytest.approx(0.0, abs=1e-5)
+    assert before["val/kl_k3"] == pytest.approx(0.0, abs=1e-5)
+    with torch.no_grad():
+        for parameter in module.trainable_parameters():
+            parameter.mul_(1.3)
+    numbers = [
+        trainer_of(tmp_path / str(size)).validate(module, datamodule=TinyPrompts(eval_batch=size), verbose=False)[0] for size in (3, 50)
+    ]
+    assert numbers[0]["val/kl_k3"] > 1e-3
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+    assert not any("_reference" in name for name in module.state_dict())
+
+
+def test_the_final_protocol_may_sample_otherwise_than_validation(tmp_path: Path) -> None:
+    module = made(test_sampling={"samples": 3, "temperature": 0.7, "top_p": 0.95}, eval_temperature=1.5)
+    assert (module.test_samples, module.test_sampling.temperature, module.test_sampling.top_p) == (3, 0.7, 0.95)
+    assert (module.eval_samples, module.eval_sampling.temperature, module.eval_sampling.top_p) == (2, 1.5, 1.0)
+    trainer_of(tmp_path).test(module, datamodule=TinyPrompts(), verbose=False)
+    assert len(pd.read_parquet(tmp_path / "rollouts" / "step_000000_test_hinted.parquet")) == 21
+    for wrong, message in (
+        ({"temprature": 1.0}, "unknown key 'temprature'"),
+        ({"samples": 0}, "whole number"),
+        ({"top_p": 2.0}, "top_p=2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made(test_sampling=wrong)
 
 
 def test_two_test_loaders_are_reported_by_name(tmp_path: Path) -> None:
