@@ -49,6 +49,7 @@ class Request:
         nice: Added to the job's niceness, so that others go first; None = not nice.
         logs: Folder of the jobs' logs.
         cpus_per_gpu: CPU cores per process.
+        module: What ``python -m`` runs; devices are only added to ``theodolite`` itself.
     """
 
     command: tuple[str, ...]
@@ -60,6 +61,7 @@ class Request:
     nice: int | None = None
     logs: Path = Path("runs/logs")
     cpus_per_gpu: int = 8
+    module: str = "theodolite"
 
     def __post_init__(self) -> None:
         """Refuse what no node could give."""
@@ -82,6 +84,8 @@ class Request:
 
     def arguments(self) -> list[str]:
         """The command as a list for a process: this interpreter, and the number of devices unless the command names it."""
+        if self.module != "theodolite":
+            return [sys.executable, "-m", self.module, *self.command]
         own = (
             []
             if any(part.startswith("--trainer.devices") for part in self.command) or not self.gpus
@@ -184,10 +188,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     given, command = _parse(sys.argv[1:] if args is None else list(args))
     try:
-        request = Request(
-            tuple(command), given.gpus, given.gpus_per_node, given.time, given.partition, given.job_name, given.nice, given.logs,
-            given.cpus_per_gpu,
-        )  # fmt: skip
+        request = _request(given, command, "theodolite")
         if given.direct:
             raise SystemExit(subprocess.run(request.arguments(), check=False).returncode)
         job = submit(request, given.executor)
@@ -200,6 +201,25 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"watch squeue -j {job.job_id}, cancel scancel {job.job_id}")
     if given.wait:
         raise SystemExit(0 if job.exception() is None else 1)
+
+
+def parse_request(options: Sequence[str], command: Sequence[str], module: str) -> Request:
+    """A request from this command's own options as text, for another of the package's commands.
+
+    Raises:
+        LaunchError: If it cannot work, or the options ask for what only the console script does.
+    """
+    given, _ = _parse([*options, "--"])
+    if given.direct or given.wait or given.executor != "slurm":
+        raise LaunchError("--direct, --wait and --executor have no place among the options of a sweep's jobs; leave them out.")
+    return _request(given, command, module)
+
+
+def _request(given: argparse.Namespace, command: Sequence[str], module: str) -> Request:
+    return Request(
+        tuple(command), given.gpus, given.gpus_per_node, given.time, given.partition, given.job_name, given.nice, given.logs,
+        given.cpus_per_gpu, module,
+    )  # fmt: skip
 
 
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:

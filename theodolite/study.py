@@ -74,13 +74,19 @@ def config_hashes(args: Sequence[str]) -> dict[str, str]:
     return {arg: file_hash(Path(arg.removeprefix("--config="))) for arg in args if arg.startswith("--config=")}
 
 
-def run_job(job: Job) -> None:
+def run_job(job: Job, gpu: int | None = None) -> None:
     """Run one job in this process, then exit. Output goes to the run's log.
+
+    Args:
+        job: What to run.
+        gpu: The only GPU that it sees; None = whatever this process sees.
 
     Raises:
         SystemExit: Always; 0 when the run is complete.
     """
     _die_with_study()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)  # read when CUDA is first used, which is in this process
     job.run_dir.mkdir(parents=True, exist_ok=True)
     with open(job.run_dir / "log.txt", "w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
@@ -112,7 +118,7 @@ def _run(job: Job) -> None:
     write_json_atomic(job.run_dir / RUN_RECORD, record)
 
 
-def run_jobs(jobs: Sequence[Job], processes: int, watch: Callable[[Sequence[Job], Job | None], None]) -> list[str]:
+def run_jobs(jobs: Sequence[Job], processes: int, watch: Callable[[Sequence[Job], Job | None], None], gpus: int = 0) -> list[str]:
     """Run jobs, ``processes`` at a time, in order.
 
     Modules are imported once, in a server from which every run is forked: a run is isolated, and starts without the seconds that
@@ -122,6 +128,7 @@ def run_jobs(jobs: Sequence[Job], processes: int, watch: Callable[[Sequence[Job]
         jobs: What to run; those already done are skipped.
         processes: Most runs at once.
         watch: Called about five times a second with the running jobs, and with each job that has just finished.
+        gpus: Give each run one of so many GPUs, the one that fewest others use; 0 = leave devices to the configs.
 
     Returns:
         One sentence per failed job.
@@ -136,13 +143,16 @@ def run_jobs(jobs: Sequence[Job], processes: int, watch: Callable[[Sequence[Job]
     context.set_forkserver_preload(["theodolite.cli", "theodolite.reports"])
     waiting = [job for job in jobs if not job.done]
     running: dict[Path, tuple[Job, ForkServerProcess]] = {}
+    on_gpu: dict[Path, int] = {}
     failures: list[str] = []
     try:
         while waiting or running:
             while waiting and len(running) < processes:
                 job = waiting.pop(0)
                 clear_run(job.run_dir)
-                process = context.Process(target=run_job, args=(job,), daemon=False)
+                if gpus:
+                    on_gpu[job.run_dir] = min(range(gpus), key=lambda gpu: [on_gpu[run] for run in running].count(gpu))
+                process = context.Process(target=run_job, args=(job, on_gpu.get(job.run_dir)), daemon=False)
                 process.start()
                 running[job.run_dir] = (job, process)
             time.sleep(0.2)
