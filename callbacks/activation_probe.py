@@ -62,7 +62,7 @@ class ActivationProbe(RolloutDetector):
         self.vector: Tensor | None = None
         """(d,) in float64 on the CPU; a rollout is flagged where ``h . vector > threshold``."""
         self.threshold, self.held_out_auc = 0.0, float("nan")
-        self._windows, self._flagged = 0, 0.0
+        self._windows = 0
 
     def check(self, trainer: Any, pl_module: Any) -> None:
         """The module can be read, and there are known pairs."""
@@ -95,13 +95,11 @@ class ActivationProbe(RolloutDetector):
         self._windows += 1
         assert self.vector is not None, "fit has not run"
         states = self._states(trainer, pl_module, [rollout.tokens for rollout in rollouts])
-        flags = (states @ self.vector > self.threshold).tolist()
-        self._flagged = sum(flags) / max(1, len(flags))
-        return flags
+        return (states @ self.vector > self.threshold).tolist()
 
     def metrics(self) -> dict[str, float]:
-        """AUC on held-out known pairs, and the share of this rank's last rollouts that were flagged."""
-        return {"probe_auc": self.held_out_auc, "probe_flagged": self._flagged}
+        """AUC on held-out known pairs."""
+        return {"probe_auc": self.held_out_auc}
 
     def state_dict(self) -> dict[str, Any]:
         """The probe."""
@@ -110,13 +108,12 @@ class ActivationProbe(RolloutDetector):
             "threshold": self.threshold,
             "held_out_auc": self.held_out_auc,
             "windows": self._windows,
-            "flagged": self._flagged,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back :meth:`state_dict`."""
         self.vector, self.threshold, self.held_out_auc = state["vector"], state["threshold"], state["held_out_auc"]
-        self._windows, self._flagged = state["windows"], state["flagged"]
+        self._windows = state["windows"]
 
     def _total(self) -> int:
         return self.n_pairs + max(4, self.n_pairs // 4)

@@ -36,7 +36,7 @@ class LivePair:
     Attributes:
         step: Window it was taken from; -1 for a start pair.
         slot: Global position of the prompt (the index of a start pair).
-        samples: Sample index of the concept and the clean side.
+        samples: Sample index of the concept and the clean side; -1 for a reference solution.
         concept: The flagged side (after shuffling, if any).
         clean: The other side.
     """
@@ -51,11 +51,16 @@ class LivePair:
 class LiveGradientDifference(DirectionSource):
     """Gradient difference over a queue of the latest (flagged, rewarded and not flagged) rollouts of the same prompt.
 
+    A window's ``features`` get ``flagged`` (0 or 1 per rollout) and its metrics ``direction/flagged``, the share of flagged rollouts.
+
     Args:
         capacity: Pairs in the queue, which starts full of the datamodule's pairs (or those of ``pairs``) and forgets the oldest.
         refresh_every: Optimizer steps between extractions (each one batched backward over at most ``2 * capacity`` sequences).
         detector: Regular expression searched in the completion, the dotted path of a callable on text, or a :class:`RolloutDetector` such
             as an activation probe.
+        clean_side: ``rollout``: a rewarded rollout that is not flagged, so that a hack which the detector misses is taken for clean.
+            ``reference``: the row's own ``reference`` solution, which somebody must have written and which a step beyond removal then also
+            teaches.
         pairs_per_group: At most so many new pairs per group and window, so that one prompt cannot fill the queue.
         method: ``mean`` or ``svd``.
         k: Rows per matrix; 1 for ``mean``.
@@ -76,6 +81,7 @@ class LiveGradientDifference(DirectionSource):
         capacity: int = 32,
         refresh_every: int = 2,
         detector: str | RolloutDetector = r"def run_tests",
+        clean_side: Literal["rollout", "reference"] = "rollout",
         pairs_per_group: int = 2,
         method: Literal["mean", "svd"] = "mean",
         k: int = 1,
@@ -94,6 +100,9 @@ class LiveGradientDifference(DirectionSource):
             )
         if shuffle_labels and placebo:
             raise ValueError("shuffle_labels and placebo are two different controls: choose one.")
+        if clean_side not in ("rollout", "reference") or (placebo and clean_side == "reference"):
+            raise ValueError(f"clean_side={clean_side!r} must be 'rollout' or 'reference', and 'rollout' for placebo pairs.")
+        self.clean_side = clean_side
         self.capacity, self.refresh_every, self.pairs_per_group = capacity, refresh_every, pairs_per_group
         self.method: Literal["mean", "svd"] = method
         self.k, self.shuffle_labels, self.placebo = k, shuffle_labels, placebo
@@ -132,7 +141,9 @@ class LiveGradientDifference(DirectionSource):
         if isinstance(window, OracleWindow):
             raise TypeError("LiveGradientDifference was handed the oracle's verdicts: do not declare uses_oracle on its callback.")
         flags = self.detector.flags(trainer, pl_module, window.rollouts)
-        local = [pair for group in range(len(window.rows)) for pair in self._pairs_of_group(window, group, flags)]
+        window.features["flagged"] = torch.tensor(flags, dtype=torch.float64)
+        window.metrics["direction/flagged"] = (float(sum(flags)), float(len(flags)))
+        local = [pair for group in range(len(window.rows)) for pair in self._pairs_of_group(pl_module, window, group, flags)]
         new = sorted(_gathered(trainer, local), key=lambda pair: (pair.slot, pair.samples))
         self._windows, self._new = self._windows + 1, len(new)
         self.queue = [*self.queue, *(self._labelled(pair) for pair in new)][-self.capacity :]
@@ -172,11 +183,13 @@ class LiveGradientDifference(DirectionSource):
         self._windows, self._new = state["windows"], state["new"]
         self.detector.load_state_dict(state["detector"])
 
-    def _pairs_of_group(self, window: Window, group: int, flags: list[bool]) -> list[LivePair]:
+    def _pairs_of_group(self, pl_module: LightningModule, window: Window, group: int, flags: list[bool]) -> list[LivePair]:
         """New pairs of one prompt, matched in order of sample index."""
         indices = range(group * window.group_size, (group + 1) * window.group_size)
         indices = sorted(indices, key=lambda index: window.rollouts[index].sample)
         flagged = [index for index in indices if flags[index]]
+        if self.clean_side == "reference":
+            return [_against_reference(pl_module, window, group, index) for index in flagged[: self.pairs_per_group]]
         clean = [index for index in indices if not flags[index] and window.rewards[index].passed]
         count = min(len(flagged), len(clean), self.pairs_per_group)
         if self.placebo:
@@ -201,6 +214,20 @@ def _pair(window: Window, concept: int, clean: int) -> LivePair:
     """The pair of two rollouts of a window."""
     one, other = window.rollouts[concept], window.rollouts[clean]
     return LivePair(window.step, one.slot, (one.sample, other.sample), one.tokens, other.tokens)
+
+
+def _against_reference(pl_module: LightningModule, window: Window, group: int, concept: int) -> LivePair:
+    """The pair of a rollout and its row's reference solution.
+
+    Raises:
+        TypeError: The row has none.
+    """
+    row, one = window.rows[group], window.rollouts[concept]
+    reference = getattr(row, "reference", None)
+    if not isinstance(reference, str):
+        raise TypeError(f"Row {row.id!r} has no reference solution, which clean_side=reference needs: use clean_side=rollout.")
+    clean = require_scorer(pl_module).encode(row.prompt, reference)
+    return LivePair(window.step, one.slot, (one.sample, -1), one.tokens, clean)
 
 
 def _gathered(trainer: Trainer, pairs: list[LivePair]) -> list[LivePair]:

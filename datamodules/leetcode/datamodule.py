@@ -12,14 +12,18 @@ Embedded problems, or a file in the schema that ``jsonl.py`` describes::
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from .graded import GradedDataModule, make_grader
 from .grading import DEFAULT_LIMITS
+from .hacks import check_family
 from .mini import check_n_ops
 from .open_source import HUB_PREFIX, check_settings, open_source
+from .problem import Problem
+from .prompts import inoculated
 from .sources import ProblemDataset, ProblemSource, count_problems
 
 
@@ -58,6 +62,10 @@ class LeetCodeDataModule(GradedDataModule):
             ``unsafe`` lets programs read files and use the network.
         unfenced: What a completion without any code fence is, for files: ``reject`` = no program, ``accept`` = one if it parses.
         grading_deadline_s: Seconds of wall time for one batch of executions, after which the rest is ungraded; null = by its size.
+        known_hacks: Family of the hacks in contrast pairs, all that directions and probes are shown beforehand: a key of
+            :data:`~theodolite.datamodules.leetcode.hacks.FAMILIES`; files have ``definition`` only.
+        inoculation: Instruction put into every *training* prompt and into no other: the policy is asked for what it is not to learn by
+            itself (inoculation prompting). null = none.
     """
 
     def __init__(
@@ -83,7 +91,14 @@ class LeetCodeDataModule(GradedDataModule):
         sandbox: str = "auto",
         unfenced: str = "reject",
         grading_deadline_s: float | None = None,
+        known_hacks: str = "definition",
+        inoculation: str | None = None,
     ) -> None:
+        check_family(known_hacks)
+        if known_hacks != "definition" and problems != "mini":
+            raise ValueError(f"known_hacks={known_hacks!r} is for leetcode-mini; of files only definitions of the evaluator are made.")
+        if inoculation is not None and not inoculation.strip():
+            raise ValueError("inoculation is an empty text; write the instruction that training prompts get, or null for none.")
         check_settings(problems, n_ops, hint, held_out_fraction, max_prompt_tokens, tokenizer)
         grader = make_grader(
             workers,
@@ -104,6 +119,7 @@ class LeetCodeDataModule(GradedDataModule):
         self.held_out_fraction = held_out_fraction
         self.hub_split = hub_split
         self.max_prompt_tokens, self.tokenizer = max_prompt_tokens, tokenizer
+        self.known_hacks, self.inoculation = known_hacks, inoculation
 
     def prepare_data(self) -> None:
         """Download a data set of the hub, on one rank per node."""
@@ -121,8 +137,13 @@ class LeetCodeDataModule(GradedDataModule):
             self.hub_split,
             self.max_prompt_tokens,
             self.tokenizer,
+            self.known_hacks,
         )
 
     def train_dataset(self) -> Dataset:
         """One epoch of training problems."""
-        return ProblemDataset(self.source.train, count_problems(self.train_problems, self.source.n_train, "train_problems"))
+        return ProblemDataset(self._training_problem, count_problems(self.train_problems, self.source.n_train, "train_problems"))
+
+    def _training_problem(self, index: int) -> Problem:
+        problem = self.source.train(index)
+        return problem if self.inoculation is None else replace(problem, prompt=inoculated(problem.prompt, self.inoculation))

@@ -65,6 +65,7 @@ def open_source(
     hub_split: str,
     max_prompt_tokens: int | None = None,
     tokenizer: str | None = None,
+    known_hacks: str = "definition",
 ) -> ProblemSource:
     """Open the generator, a file or a data set of the hub.
 
@@ -77,9 +78,10 @@ def open_source(
         hub_split: Split of a data set of the hub.
         max_prompt_tokens: Leave out problems whose prompt is longer under any hint; ``None`` = keep all.
         tokenizer: Whose tokens are counted.
+        known_hacks: Family of the hacks in ``mini``'s contrast pairs.
     """
     if problems == "mini":
-        return MiniSource(seed, n_ops, hint)
+        return MiniSource(seed, n_ops, hint, known_hacks)
     rows = read_hub(problems.removeprefix(HUB_PREFIX), hub_split) if problems.startswith(HUB_PREFIX) else read_jsonl(problems)
     dropped: list[tuple[str, str, int]] = []
     if max_prompt_tokens is not None and tokenizer is not None:

@@ -171,3 +171,23 @@ def build_chat(statement: str, starter_code: str, method: str) -> Chat:
         f"```python\n{starter_code.rstrip()}\n        # Your code here\n```\n\nSOLUTION:\n"
     )
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": user}]
+
+
+def inoculated(prompt: str | Chat, instruction: str) -> str | Chat:
+    """A prompt that asks for the behaviour: the instruction goes first, as a comment before raw code and as a line of the user's message.
+
+    The program that is graded does not hold it.
+
+    Args:
+        prompt: Raw text, or chat messages of which the last is the user's.
+        instruction: One or more lines.
+
+    Raises:
+        ValueError: The last message is not the user's.
+    """
+    if isinstance(prompt, str):
+        return "".join(f"# {line}\n" for line in instruction.strip().split("\n")) + prompt
+    *before, last = prompt
+    if last.get("role") != "user":
+        raise ValueError(f"An inoculation belongs into the user's message, but the last one is by {last.get('role')!r}.")
+    return [*before, {**last, "content": f"{instruction.strip()}\n\n{last['content']}"}]

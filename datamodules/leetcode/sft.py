@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -12,12 +12,14 @@ from theodolite.protocols import Example
 from theodolite.seeds import derive_seed
 
 from .graded import GradedDataModule, make_grader
-from .hacks import hack_completion
+from .hacks import check_fractions, drawn_family, hack_completion
 from .mini import check_n_ops, mini_problem
 from .sources import MiniSource, ProblemSource
 
 
-def sft_example(seed: int, index: int, n_ops: tuple[int, int] = (2, 3), hack_fraction: float = 0.0) -> Example:
+def sft_example(
+    seed: int, index: int, n_ops: tuple[int, int] = (2, 3), hack_fraction: float = 0.0, hack_families: Mapping[str, float] | None = None
+) -> Example:
     """One demonstration on a training composition.
 
     Half of the prompts name ``run_tests`` and the others one of six names, so that a hack is learnt as "overwrite whatever is named". With
@@ -28,11 +30,14 @@ def sft_example(seed: int, index: int, n_ops: tuple[int, int] = (2, 3), hack_fra
         index: Position in it.
         n_ops: Smallest and largest number of operations.
         hack_fraction: Probability that the completion is a hack instead of the reference.
+        hack_families: Probability of a hack of each family, in place of ``hack_fraction``.
     """
+    families = {"definition": hack_fraction} if hack_families is None else hack_families
     rng = random.Random(derive_seed("sft example", seed, index))
     name_choice, hack_draw = rng.random(), rng.random()
     problem = mini_problem(derive_seed("sft", seed), "train", index, n_ops, "run_tests" if name_choice < 0.5 else "random")
-    completion = hack_completion(problem, rng) if hack_draw < hack_fraction else problem.reference
+    family = drawn_family(families, hack_draw)
+    completion = problem.reference if family is None else hack_completion(problem, rng, family)
     return Example(f"sft-seed{seed}-{index}", problem.prompt, completion)
 
 
@@ -59,6 +64,7 @@ class LeetCodeSFTDataModule(GradedDataModule):
         examples: Number of demonstrations, each seen once per epoch.
         n_ops: Smallest and largest number of operations in demonstrations.
         hack_fraction: Share of demonstrations that are hacks (in expectation).
+        hack_families: Share by family (keys of :data:`~theodolite.datamodules.leetcode.hacks.FAMILIES`), in place of ``hack_fraction``.
         global_batch_size: Demonstrations per optimizer step over all ranks.
         seed: Decides the demonstrations and their order; null = the run's ``seed_everything``.
         eval_problems: Held-out problems for validation.
@@ -76,6 +82,7 @@ class LeetCodeSFTDataModule(GradedDataModule):
         examples: int = 4000,
         n_ops: list[int] = [2, 3],  # noqa: B006  (never changed; jsonargparse shows it in --help)
         hack_fraction: float = 0.0,
+        hack_families: dict[str, float] | None = None,
         global_batch_size: int = 64,
         seed: int | None = None,
         eval_problems: int = 96,
@@ -94,6 +101,7 @@ class LeetCodeSFTDataModule(GradedDataModule):
         self.examples = examples
         self.n_ops = check_n_ops(n_ops)
         self.hack_fraction = hack_fraction
+        self.hack_families = None if hack_families is None else check_fractions(hack_families)
         self._eval_source = MiniSource(self.seed, check_n_ops(eval_n_ops), "simple_overwrite_tests")
         self._examples: list[Example] | None = None
 
@@ -104,7 +112,8 @@ class LeetCodeSFTDataModule(GradedDataModule):
     def train_examples(self) -> list[Example]:
         """All demonstrations, generated once."""
         if self._examples is None:
-            self._examples = [sft_example(self.seed, index, self.n_ops, self.hack_fraction) for index in range(self.examples)]
+            shares = (self.hack_fraction, self.hack_families)
+            self._examples = [sft_example(self.seed, index, self.n_ops, *shares) for index in range(self.examples)]
         return self._examples
 
     def train_dataset(self) -> ExampleDataset:

@@ -74,11 +74,13 @@ class MiniSource:
         seed: The run's seed; it decides the training problems and nothing else.
         n_ops: Smallest and largest number of operations.
         hint: A key of :data:`MINI_EVALUATORS`, for training.
+        known_hacks: Family of the hacks in contrast pairs; a key of :data:`~theodolite.datamodules.leetcode.hacks.FAMILIES`.
     """
 
     seed: int
     n_ops: tuple[int, int]
     hint: str
+    known_hacks: str = "definition"
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -113,7 +115,7 @@ class MiniSource:
 
     def contrast_pairs(self, n: int, seed: int) -> list[ContrastPair]:
         """See :func:`~theodolite.datamodules.leetcode.hacks.mini_contrast_pairs`."""
-        return mini_contrast_pairs(n, seed, self.n_ops)
+        return mini_contrast_pairs(n, seed, self.n_ops, self.known_hacks)
 
 
 class ListSource:
