@@ -4,8 +4,8 @@
 
     python -m theodolite.demo_talkative --out runs/demo_talkative
 
-On two idle CPU cores it is meant to take less than six minutes: a target model of a toy world, a warm start on captions of true facts,
-GRPO, and one sweep over both. Interrupted, it continues where it was.
+On two idle CPU cores it took 112 s (limit: six minutes): a target model of a toy world, a warm start on captions of true facts, GRPO, and
+one sweep over both. Interrupted, it continues where it was.
 
 Everything it runs are ordinary configs through the ordinary command line: ``configs/talkative/{target,sft,grpo,k_sweep}.yaml``.
 """
@@ -150,6 +150,18 @@ def checks_of(warm: Mapping[str, Any]) -> list[Check]:
     ]
 
 
+def differences(folder: Path) -> list[str]:
+    """What RL changed at the smallest and largest K, with paired intervals, from the sweep's own file."""
+    found = json.loads((folder / f"{RESULTS}.differences.json").read_text())
+    lines: list[str] = []
+    for each in found["differences"]:
+        for place in (0, -1):
+            value, low, high = (each[name][place] for name in ("value", "ci_lower", "ci_upper"))
+            name = f"{each['label']} - {each['against']}, K={each['k_values'][place]}, {each['reconstructor']} ({each['role']})"
+            lines.append(f"{name}: {value:+.4f} [{low:+.4f}, {high:+.4f}], n={found['rows']} rows of {found['documents']} documents")
+    return lines
+
+
 def show(
     results: Mapping[str, Mapping[str, Any]], checks: Sequence[Check], seconds: Mapping[str, float], folder: Path, console: Console
 ) -> None:
@@ -163,6 +175,8 @@ def show(
     for k, row in zip(results["sft"]["k_values"], zip(*columns, strict=True), strict=True):
         table.add_row(str(k), *(f"{value:.3f}" for value in row))
     console.print(table)
+    for line in differences(folder):
+        console.print(line, highlight=False)
     for check in checks:
         console.print(f"{'shown    ' if check.holds else 'NOT SHOWN'} {check.text}", highlight=False)
     for phase, value in seconds.items():

@@ -284,14 +284,17 @@ def test_checkpoints_and_temperatures_in_one_call_leave_the_module_as_it_was(tmp
         states.append(torch.get_rng_state())
     assert torch.equal(*states), "checkpoints must draw no global random number"
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    names = {path.name for path in (tmp_path / "2" / "out").glob("*.json") if "timings" not in path.name}
+    names = {path.name for path in (tmp_path / "2" / "out").glob("*-t*.json") if "timings" not in path.name}
     assert names == {f"k_sweep_results-seed{seed}-t{t}.json" for seed in (1, 2) for t in ("0.7", "1")}
     results = [json.loads((tmp_path / "2" / "out" / name).read_text()) for name in sorted(names)]
     assert [result["checkpoint_path"] for result in results] == [paths[0], paths[0], paths[1], paths[1]]
     alone = sweep(tmp_path / "alone", TinyDescriber(seed=2), temperature=0.7)
     assert alone["results_by_k"] == results[2]["results_by_k"]
     page = (tmp_path / "2" / "out" / "k_sweep_results.html").read_text()
-    assert "seed2-t0.7" in page
+    assert "<b>seed2-t0.7</b> minus seed1-t0.7" in page
+    assert "n=40 activations of 20 documents, N=8 texts each; paired" in page
+    differences = json.loads((tmp_path / "2" / "out" / "k_sweep_results.differences.json").read_text())["differences"]
+    assert [(each["label"], each["role"]) for each in differences[:2]] == [("seed1-t1", "selects"), ("seed1-t1", "held out")]
     assert (tmp_path / "2" / "out" / "k_sweep_results.pdf").read_bytes().startswith(b"%PDF")
 
 

@@ -17,8 +17,11 @@ import torch
 
 from theodolite.best_of_k.curves import Curves, finite, gains, summary_of
 from theodolite.provenance import content_hash, write_bytes_atomic, write_json_atomic
+from theodolite.reports.best_of_k_differences import write_replicates
 
 SCHEMA = "theodolite best-of-k 1"
+PAIRING = ("bootstrap_replicates", "bootstrap_seed", "confidence")
+"""Settings that must agree for intervals of differences."""
 
 
 def result_of(curves: Curves, settings: Mapping[str, Any], checkpoint: str | None, label: str) -> dict[str, Any]:
@@ -88,9 +91,10 @@ def write_texts(path: Path, curves: Curves) -> None:
 
 
 def write_result(folder: Path, name: str, curves: Curves, result: Mapping[str, Any]) -> Path:
-    """Write ``<name>.json`` and ``<name>.parquet``; returns the former."""
+    """Write ``<name>.json``, ``<name>.parquet`` and the resampled curves that differences are made of; returns the first."""
     path = folder / f"{name}.json"
     write_texts(path.with_suffix(".parquet"), curves)
+    write_replicates(path, curves)
     write_json_atomic(path, result)
     return path
 
@@ -99,7 +103,7 @@ def check_comparable(results: list[Mapping[str, Any]]) -> None:
     """Refuse results that cannot stand in one figure.
 
     Raises:
-        ValueError: If they are of other rows, K or schemas; the message names the first difference.
+        ValueError: If they are of other rows, K or schemas, or resampled otherwise; the message names the first difference.
     """
     for result in results:
         if result.get("schema") != SCHEMA:
@@ -110,6 +114,7 @@ def check_comparable(results: list[Mapping[str, Any]]) -> None:
             ("bank", first["run"]["bank"], other["run"]["bank"]),
             ("rows", first["run"]["row_ids_hash"], other["run"]["row_ids_hash"]),
             ("k_values", first["k_values"], other["k_values"]),
+            *((name, first["eval_config"][name], other["eval_config"][name]) for name in PAIRING),
         ):
             if ours != theirs:
                 labels = f"{first['run']['label']!r} and {other['run']['label']!r}"

@@ -1,4 +1,4 @@
-"""Figures of best-of-K sweeps, from result files: FVE against K with bands and controls for one run, one line per run for several."""
+"""Figures of best-of-K sweeps, from result files: one run with its controls, or several and what they differ by from the first."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
+from theodolite.reports.best_of_k_differences import Difference
 from theodolite.reports.figures import INKS, Theme, _own_style, _save
 
 SELECTED, HELD_OUT = ("#0072b2", "#4ba3dc"), (("#d55e00", "#f0742a"), ("#009e73", "#1fbf92"), ("#cc79a7", "#dc8fb9"))
@@ -31,7 +32,7 @@ def draw_run(axes: Axes, result: Result, theme: Theme) -> None:
     greedy = curves[f"greedy.{selecting}"]["fve"]["value"][0]
     if greedy is not None:
         axes.axhline(greedy, color=INKS[theme].text, linewidth=1.0, linestyle=(0, (1, 2)), label="greedy text")
-    axes.set_title(f"Variance explained against K ({_size(result)})")
+    axes.set_title("Variance explained against K")
     _k_axis(axes, ks)
 
 
@@ -39,7 +40,7 @@ def draw_controls(axes: Axes, result: Result, theme: Theme) -> None:
     """The same selection applied to texts about another document: what choosing alone can do."""
     at, ks, curves = int(theme == "dark"), result["k_values"], result["curves"]
     axes.axhline(0.0, color=INKS[theme].text, linewidth=0.8)
-    axes.set_title("Controls: texts about another document (0 = predicting the mean)")
+    axes.set_title("Controls: texts about another document")
     if "null" in curves:
         _line(axes, ks, curves["null"]["fve"], RUNS[5][at], "null: best of K of them")
         axes.axhline(curves["shuffled"]["fve"]["value"][0], color=RUNS[6][at], linestyle=(0, (4, 2)), label="shuffled: one greedy text")
@@ -49,40 +50,63 @@ def draw_controls(axes: Axes, result: Result, theme: Theme) -> None:
 
 
 def draw_runs(axes: Axes, results: Sequence[Result], theme: Theme, held_out: bool) -> None:
-    """Several runs, scored by the reconstructor that selects or by the first held-out one."""
-    at, shown = int(theme == "dark"), 0
-    for index, result in enumerate(results):
-        run = result["run"]
-        names = run["held_out_reconstructors"][:1] if held_out else [run["selecting_reconstructor"]]
-        for name in names:
+    """Several runs, scored by the reconstructor that selects or by the first held-out one; both on one scale."""
+    at = int(theme == "dark")
+    curves = [_curve_names(result) for result in results]
+    shown = [names[held_out] for names in curves if len(names) > held_out]
+    for index, (result, names) in enumerate(zip(results, curves, strict=True)):
+        if len(names) > held_out:
             colour, marker = RUNS[index % len(RUNS)][at], "os^Dv<>"[index % 7]
-            _line(axes, result["k_values"], result["curves"][f"best_of_k.{name}"]["fve"], colour, run["label"], marker)
-            shown += 1
-    axes.set_title("Scored by a held-out reconstructor" if held_out else f"Scored by the reconstructor that selects ({_size(results[0])})")
+            _line(axes, result["k_values"], result["curves"][names[held_out]]["fve"], colour, result["run"]["label"], marker)
+    axes.set_title("Scored by a held-out reconstructor" if held_out else "Scored by the reconstructor that selects")
     if not shown:
         axes.text(0.5, 0.5, "no held-out reconstructor", transform=axes.transAxes, ha="center")
+    axes.set_ylim(
+        *_common_range([result["curves"][name]["fve"] for result, names in zip(results, curves, strict=True) for name in names[:2]])
+    )
     _k_axis(axes, results[0]["k_values"])
 
 
-def panels(results: Sequence[Result]) -> list[tuple[str, Callable[[Axes, Theme], None]]]:
+def draw_differences(axes: Axes, differences: Sequence[Difference], theme: Theme) -> None:
+    """FVE of every run minus that of the first, by both reconstructors, with paired bands."""
+    at, labels = int(theme == "dark"), list(dict.fromkeys(each.label for each in differences))
+    axes.axhline(0.0, color=INKS[theme].text, linewidth=0.8)
+    for each in differences:
+        index, held_out = labels.index(each.label) + 1, each.role != "selects"
+        colour, marker = RUNS[index % len(RUNS)][at], "os^Dv<>"[index % 7]
+        values = {"value": each.value, "ci_lower": each.ci_lower, "ci_upper": each.ci_upper}
+        label = f"{each.label}, {each.reconstructor} ({'held out' if held_out else 'selects'})"
+        _line(axes, each.k_values, values, colour, label, marker, dashes=(0, (4, 2)) if held_out else "-")
+    axes.set_title(f"Difference from {differences[0].against}, paired by document")
+    _k_axis(axes, differences[0].k_values)
+    axes.set_ylabel("difference in FVE")
+
+
+def panels(results: Sequence[Result], differences: Sequence[Difference] = ()) -> list[tuple[str, Callable[[Axes, Theme], None]]]:
     """What is drawn: an alternative text and a drawer each."""
-    if len(results) > 1:
+    if len(results) == 1:
         return [
-            ("FVE against K by run", lambda axes, theme: draw_runs(axes, results, theme, False)),
-            ("FVE against K by run, held-out reconstructor", lambda axes, theme: draw_runs(axes, results, theme, True)),
+            ("FVE against K with 95 % bands", lambda axes, theme: draw_run(axes, results[0], theme)),
+            ("FVE of the null and shuffled controls against K", lambda axes, theme: draw_controls(axes, results[0], theme)),
         ]
-    return [
-        ("FVE against K with 95 % bands", lambda axes, theme: draw_run(axes, results[0], theme)),
-        ("FVE of the null and shuffled controls against K", lambda axes, theme: draw_controls(axes, results[0], theme)),
+    drawn: list[tuple[str, Callable[[Axes, Theme], None]]] = [
+        ("FVE against K by run", lambda axes, theme: draw_runs(axes, results, theme, False)),
+        ("FVE against K by run, held-out reconstructor", lambda axes, theme: draw_runs(axes, results, theme, True)),
     ]
+    if differences:
+        text = "FVE of each run minus that of the first against K, with paired bands"
+        drawn.append((text, lambda axes, theme: draw_differences(axes, differences, theme)))
+    return drawn
 
 
-def render(results: Sequence[Result], kind: Literal["png", "pdf"]) -> bytes:
+def render(results: Sequence[Result], kind: Literal["png", "pdf"], differences: Sequence[Difference] = ()) -> bytes:
     """All panels side by side, with legends; no date and no version in the file."""
+    drawn = panels(results, differences)
     with _own_style("light"):
-        figure = Figure(figsize=(12.4, 5.2), layout="constrained")
+        figure = Figure(figsize=(6.2 * len(drawn), 5.2), layout="constrained")
         FigureCanvasAgg(figure)
-        for axes, (_, draw) in zip(figure.subplots(1, 2, sharey=len(results) > 1), panels(results), strict=True):
+        figure.suptitle(_size(results[0]), fontsize=9, x=0.995, ha="right")
+        for axes, (_, draw) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
             draw(axes, "light")
             _legend(axes)
         if kind == "png":
@@ -115,6 +139,20 @@ def _line(
     value, low, high = ([float("nan") if v is None else v for v in metric[key]] for key in ("value", "ci_lower", "ci_upper"))
     axes.plot(ks, value, color=colour, marker=marker, markersize=5, linewidth=1.9, linestyle=dashes, label=label, zorder=3)
     axes.fill_between(ks, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _curve_names(result: Result) -> list[str]:
+    """Curves of the reconstructor that selects and of the first held-out one, if there is one."""
+    run = result["run"]
+    return [f"best_of_k.{name}" for name in (run["selecting_reconstructor"], *run["held_out_reconstructors"][:1])]
+
+
+def _common_range(curves: Sequence[Mapping[str, Sequence[float | None]]]) -> tuple[float, float]:
+    """Ends of an axis that holds all curves with their bands."""
+    known = [value for curve in curves for column in curve.values() for value in column if value is not None]
+    low, high = min(known, default=0.0), max(known, default=1.0)
+    margin = 0.06 * (high - low) or 0.5
+    return low - margin, high + margin
 
 
 def _k_axis(axes: Axes, ks: Sequence[int]) -> None:

@@ -19,8 +19,9 @@ from typing import Any
 
 import pandas as pd
 
-from theodolite.provenance import write_bytes_atomic, write_text_atomic
+from theodolite.provenance import write_bytes_atomic, write_json_atomic, write_text_atomic
 from theodolite.reports.best_of_k import check_comparable
+from theodolite.reports.best_of_k_differences import Difference, as_json, differences_of
 from theodolite.reports.best_of_k_figures import Result, panels, render, render_svg
 from theodolite.reports.formatting import NOT_MEASURED
 from theodolite.reports.html_parts import cell, data_uri, section, table
@@ -32,10 +33,10 @@ TEXTS_SHOWN = 8
 
 
 def write_report(files: Sequence[Path], folder: Path, name: str, worst_rows: int = 5) -> None:
-    """Write ``<name>.png``, ``<name>.pdf`` and ``<name>.html``.
+    """Write ``<name>.png``, ``<name>.pdf`` and ``<name>.html``; of several results also ``<name>.differences.json``.
 
     Args:
-        files: JSON files of results; the parquet of texts lies beside each.
+        files: JSON files of results; the parquet of texts and the resampled curves lie beside each.
         folder: Where to write.
         name: Of the files.
         worst_rows: Rows shown at either end.
@@ -45,16 +46,21 @@ def write_report(files: Sequence[Path], folder: Path, name: str, worst_rows: int
     """
     results = [json.loads(path.read_text()) for path in files]
     check_comparable(results)
+    differences = differences_of(results, files)
     for kind in ("png", "pdf"):
-        write_bytes_atomic(folder / f"{name}.{kind}", render(results, kind))
+        write_bytes_atomic(folder / f"{name}.{kind}", render(results, kind, differences))
+    if differences:
+        write_json_atomic(folder / f"{name}.differences.json", as_json(differences, results[0]["run"]))
     texts = [pd.read_parquet(path.with_suffix(".parquet")) for path in files]
-    write_text_atomic(folder / f"{name}.html", render_page(results, texts, worst_rows))
+    write_text_atomic(folder / f"{name}.html", render_page(results, texts, worst_rows, differences))
 
 
-def render_page(results: Sequence[Result], texts: Sequence[pd.DataFrame], worst_rows: int) -> str:
+def render_page(results: Sequence[Result], texts: Sequence[pd.DataFrame], worst_rows: int, differences: Sequence[Difference] = ()) -> str:
     """The page as text, a function of the files alone."""
     body = [f"<h1>{TITLE}</h1>", f'<p class="lead">{_lead(results[0])}</p>']
-    body.append(section("figure", "Variance explained", _figures(results)))
+    body.append(section("figure", "Variance explained", _figures(results, differences)))
+    if differences:
+        body.append(section("differences", "What differs", _differences(results[0], differences)))
     for result, frame in zip(results, texts, strict=True):
         label = result["run"]["label"]
         body.append(section(f"table-{label}", f"Numbers: {label}", _numbers(result)))
@@ -77,9 +83,9 @@ def _lead(result: Result) -> str:
     )
 
 
-def _figures(results: Sequence[Result]) -> str:
+def _figures(results: Sequence[Result], differences: Sequence[Difference]) -> str:
     pictures: list[str] = []
-    for description, draw in panels(results):
+    for description, draw in panels(results, differences):
         light, dark = (data_uri(render_svg(draw, theme), "image/svg+xml") for theme in ("light", "dark"))
         source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         pictures.append(f'<picture>{source}<img alt="{escape(description)}" src="{light}"></picture>')
@@ -88,6 +94,24 @@ def _figures(results: Sequence[Result]) -> str:
         f"Bands: bootstrap intervals at level {escape(interval)}." if interval else "No intervals were asked for, or there is one document."
     )
     return f'<figure><div class="panels">{"".join(pictures)}</div><figcaption>{bands}</figcaption></figure>'
+
+
+def _differences(first: Result, differences: Sequence[Difference]) -> str:
+    rows: list[str] = []
+    for each in differences:
+        ends = zip(each.value, each.ci_lower, each.ci_upper, strict=True)
+        cells = [cell(_number(value, sign=True), _interval(low, high)) for value, low, high in ends]
+        name = f"<b>{escape(each.label)}</b> minus {escape(each.against)}<small>{escape(each.reconstructor)} ({each.role})</small>"
+        rows.append(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>')
+    run = first["run"]
+    paired = (
+        "paired: both are resampled by the same documents" if run["intervals"] else "no intervals were asked for, or there is one document"
+    )
+    note = (
+        f"Differences in fve on the same n={run['rows']} activations of {run['documents']} documents, N={run['candidates']} texts each; "
+        f"{paired}. They cover the choice of documents, not of training seeds."
+    )
+    return f'<p class="small">{escape(note)}</p>' + table(["", *(f"K={k}" for k in first["k_values"])], rows)
 
 
 def _numbers(result: Result) -> str:
@@ -142,7 +166,7 @@ def _number(value: float | None, sign: bool = False) -> str:
 
 
 def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
+    return "" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
 
 
 def main(args: Sequence[str] | None = None) -> None:
