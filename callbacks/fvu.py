@@ -9,13 +9,14 @@
       - class_path: FVUCallback
         init_args: {forward: true}                   # a transcoder: batch["target"] against module(batch["input"])
 
-Logs ``train/fvu``, ``val/fvu``, ``test/fvu`` (with ``groups`` also ``_min``, ``_max``, ``_mean`` and ``_<group>``), ``*/fvu_median`` (the
-median row's own ratio) and ``*/fvu_dropped`` (share of rows that did not count). Every value is of all rows of all ranks, never a mean of
-batches. See ``docs/fvu.md``.
+Logs ``train/<name>``, ``val/<name>``, ``test/<name>`` (with ``groups`` also ``_min``, ``_max``, ``_mean`` and ``_<group>``),
+``*/<name>_median`` (the median row's own ratio) and ``*/<name>_dropped`` (share of rows that did not count). The three above are named
+``fvu``, ``fvu_mlp_out.8`` and ``fvu_forward``. Every value is of all rows of all ranks, never a mean of batches. See ``docs/fvu.md``.
 """
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -43,7 +44,8 @@ class FVUCallback(Callback):
             know of tokens is read from the batch (``input_ids``, ``attention_mask``, ``position``) and from the shape (batch, tokens, d).
         window: Training batches per value; null = between two writes of the loggers.
         train: Measure training batches too.
-        name: Of the logged values, and of this callback where there are several.
+        name: Of the logged values, and of this callback where there are several; null = ``fvu`` for the step's own output, and otherwise
+            ``fvu_`` and the target's point, the submodule that is run, or ``forward``.
 
     With neither points nor ``forward`` the step's own output is used: a dict with ``target`` and ``reconstruction``.
 
@@ -60,7 +62,7 @@ class FVUCallback(Callback):
         drop: list[Literal["first", "begins", "padding"]] | None = None,
         window: int | None = None,
         train: bool = True,
-        name: str = "fvu",
+        name: str | None = None,
     ) -> None:
         super().__init__()
         if (target is None) != (reconstruction is None) or (target is not None and forward is not False):
@@ -70,12 +72,14 @@ class FVUCallback(Callback):
             raise ValueError(f"FVUCallback.drop holds {unknown}; choose from {', '.join(DROPS)}.")
         if window is not None and window < 1:
             raise ValueError(f"FVUCallback.window must be at least 1, got {window}.")
-        self.groups, self.window, self.train, self.name = groups, window, train, name
+        self.groups, self.window, self.train = groups, window, train
         self.source: FvuSource = StepOutput()
         if target is not None and reconstruction is not None:
             self.source = SitePair(target, reconstruction)
         elif forward is not False:
             self.source = ForwardPass("" if forward is True else forward)
+        measured = target or ("forward" if forward is True else forward or "")
+        self.name = "_".join(["fvu", *measured.split()]) if name is None else name
         self._sums: dict[tuple[Stage, int], CountedFvu] = {("train", 0): CountedFvu(groups)}
         self._batches, self._warned = 0, False
         self._begin_ids: set[int] = set()
@@ -89,7 +93,17 @@ class FVUCallback(Callback):
     # ------------------------------------------------------------------ start and end
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out what a beginning token is."""
+        """Find out what a beginning token is.
+
+        Raises:
+            ValueError: The module logs an FVU of its own under this callback's name.
+        """
+        taken = getattr(pl_module, "logs_fvu_as", None)
+        if taken is not None and re.fullmatch(rf"{re.escape(taken)}(_(min|max|mean|\d+))?", self.name):
+            raise ValueError(
+                f"{type(pl_module).__name__} logs {self.name} itself, and FVUCallback(name={self.name!r}) would overwrite it: "
+                "give the callback another name."
+            )
         self._begin_ids = begin_ids(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

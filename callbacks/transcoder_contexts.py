@@ -66,7 +66,7 @@ class TopContexts(Callback):
             return
         source = getattr(trainer, "datamodule", None)
         assert isinstance(source, ActivationSource)
-        tokens = source.held_out_tokens(self.sequences)
+        tokens = source.held_out_tokens(self.sequences, "test")
         tokenizer = getattr(getattr(source, "model", None), "tokenizer", None)
         content = {
             "tokens": int(total[-1]),

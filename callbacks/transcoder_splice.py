@@ -67,7 +67,8 @@ class SpliceEvaluation(Callback):
         prefixes: list[int] = coder.prefixes.tolist()
         splices: list[Splice | None] = [None, lambda x, y: torch.zeros_like(y)]
         splices += [_reconstruction(coder, index) for index in range(len(prefixes))]
-        tokens = source.held_out_tokens(self.sequences)[trainer.global_rank :: trainer.world_size].to(pl_module.device)
+        split = "test" if stage == "test" else "validation"
+        tokens = source.held_out_tokens(self.sequences, split)[trainer.global_rank :: trainer.world_size].to(pl_module.device)
         sums = torch.zeros(2 * len(splices) + 1, dtype=torch.float64, device=pl_module.device)
         for part in tokens.split(self.batch_sequences):
             sums += _losses(source, part, splices)

@@ -119,7 +119,7 @@ class CachedActivationDataModule(ActivationDataModule):
         }
 
     def store(self, split: str) -> RowShards:
-        """The store of ``train`` or ``validation``."""
+        """The store of ``train``, ``validation`` or ``test``."""
         dtype = self.model.dtype
         fields = {name: Field(str(kind).removeprefix("torch."), ()) for name, kind in NUMBERS.items()}
         fields["input"] = Field(dtype, (self.input_width,))
@@ -134,7 +134,7 @@ class CachedActivationDataModule(ActivationDataModule):
             ValueError: The text ends before there are enough rows.
         """
         super().setup(stage)
-        for split in ("train", "validation") if stage == "fit" else ("validation",):
+        for split in {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, ("test",)):
             self._complete(split)
 
     def train_dataloader(self) -> StatefulDataLoader:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -142,13 +142,15 @@ class CachedActivationDataModule(ActivationDataModule):
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> StatefulDataLoader:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The held-out rows, in order, once."""
+        """The validation rows, in order, once."""
         return self._loader("validation", shuffle=False)
 
-    test_dataloader = val_dataloader
+    def test_dataloader(self) -> StatefulDataLoader:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The test rows, in order, once."""
+        return self._loader("test", shuffle=False)
 
     def _rows(self, split: str) -> int:
-        return self.train_rows if split == "train" else len(numbers_of(self._validation_rows(), self.drop))
+        return self.train_rows if split == "train" else len(numbers_of(self._held_out_rows(split), self.drop))
 
     def _loader(self, split: str, shuffle: bool) -> StatefulDataLoader:
         rank, ranks = self._world()

@@ -37,8 +37,10 @@ class ActivationDataModule(LightningDataModule):
         model_batch_rows: Packed token rows per forward pass on one rank; halved where memory runs out, without changing any batch.
         packing: How documents become token rows.
         drop: Positions that do not count: ``first`` of a row, ``begins`` (BOS), ``separators`` (end tokens between documents), ``padding``.
-        validation_rows: Packed token rows of held-out documents.
-        validation_share: Share of the documents that are held out, chosen by a hash of their ids.
+        validation_rows: Packed token rows of held-out documents; thresholds are calibrated on them too.
+        test_rows: Packed token rows of other held-out documents, for the test alone; null = as many as for validation.
+        validation_share: Share of the documents that are held out for validation, chosen by a hash of their ids.
+        test_share: Likewise for the test.
         repeat: Read the corpus again when it ends; otherwise its end is an error.
         lanes: The numbers of ranks that are possible are its divisors.
         steps_per_epoch: Batches that Lightning calls an epoch.
@@ -65,7 +67,9 @@ class ActivationDataModule(LightningDataModule):
         packing: Packing = Packing(),  # noqa: B008  (frozen)
         drop: list[Drop] | None = None,
         validation_rows: int = 64,
+        test_rows: int | None = None,
         validation_share: float = 0.02,
+        test_share: float = 0.02,
         repeat: bool = False,
         lanes: int = 8,
         steps_per_epoch: int = 1000,
@@ -83,11 +87,12 @@ class ActivationDataModule(LightningDataModule):
         self.input_site: ActivationSite = parse_site(input_site)
         self.target_site: ActivationSite = parse_site(target_site or input_site)
         self.drop: list[Drop] = list(DROPS) if drop is None else drop  # type: ignore[arg-type]
-        self.split = DocumentSplit(validation_share, 0.0, self.seed)
+        self.split = DocumentSplit(validation_share, test_share, self.seed)
         self.global_batch_size, self.buffer_rows, self.model_batch_rows = global_batch_size, buffer_rows, model_batch_rows
-        self.validation_rows, self.lanes, self.steps_per_epoch = validation_rows, lanes, steps_per_epoch
+        self.validation_rows, self.test_rows = validation_rows, validation_rows if test_rows is None else test_rows
+        self.lanes, self.steps_per_epoch = lanes, steps_per_epoch
         self.prefetch, self.buffer_on_cpu = prefetch, buffer_on_cpu
-        self._held_out: list[TokenRow] = []
+        self._held_out: dict[str, list[TokenRow]] = {}
         self._background: Background | None = None
         self._check()
 
@@ -116,15 +121,15 @@ class ActivationDataModule(LightningDataModule):
         item = torch.tensor([], dtype=getattr(torch, self.model.dtype)).element_size()
         return 2 * self.buffer_rows * self.packing.length * self.model.width * sites * item // ranks
 
-    def held_out_tokens(self, sequences: int) -> Tensor:
-        """(sequences, length) int64 token ids of the validation rows, the same on every rank.
+    def held_out_tokens(self, sequences: int, split: str) -> Tensor:
+        """(sequences, length) int64 token ids of the ``validation`` or ``test`` rows, the same on every rank.
 
         Raises:
             ValueError: There are not so many.
         """
-        rows = self._validation_rows()
+        rows = self._held_out_rows(split)
         if sequences > len(rows):
-            raise ValueError(f"{sequences} held-out rows were asked for, but data.validation_rows is {len(rows)}.")
+            raise ValueError(f"{sequences} held-out rows were asked for, but data.{split}_rows is {len(rows)}.")
         return torch.stack([row.tokens for row in rows[:sequences]])
 
     # ------------------------------------------------------------------ Lightning
@@ -154,11 +159,12 @@ class ActivationDataModule(LightningDataModule):
         return StreamLoader(lanes, self.global_batch_size, self.steps_per_epoch)
 
     def val_dataloader(self) -> HeldOutLoader:
-        """The held-out rows, in order."""
-        rank, ranks = self._world()
-        return HeldOutLoader(self._validation_rows(), self._produce(), self.model_batch_rows * ranks, rank, ranks)
+        """The validation rows, in order."""
+        return self._held_out_loader("validation")
 
-    test_dataloader = val_dataloader
+    def test_dataloader(self) -> HeldOutLoader:
+        """The test rows, in order: other documents than those of validation, on which thresholds were calibrated."""
+        return self._held_out_loader("test")
 
     def teardown(self, stage: str) -> None:
         """End the thread."""
@@ -171,7 +177,7 @@ class ActivationDataModule(LightningDataModule):
     def _check(self) -> None:
         numbers = {
             name: getattr(self, name)
-            for name in ("global_batch_size", "buffer_rows", "model_batch_rows", "validation_rows", "lanes", "steps_per_epoch")
+            for name in ("global_batch_size", "buffer_rows", "model_batch_rows", "validation_rows", "test_rows", "lanes", "steps_per_epoch")
         }
         for name, value in numbers.items():
             if value < 1:
@@ -191,15 +197,21 @@ class ActivationDataModule(LightningDataModule):
     def _packed(self, split: str) -> PackedRows:
         return PackedRows(lambda: self._documents(split), self.model.tokenizer, self.packing, self.repeat and split == "train")
 
-    def _validation_rows(self) -> list[TokenRow]:
-        if not self._held_out:
-            self._held_out = list(islice(self._packed("validation"), self.validation_rows))
-            if len(self._held_out) < self.validation_rows:
+    def _held_out_rows(self, split: str) -> list[TokenRow]:
+        if split not in self._held_out:
+            wanted = {"validation": self.validation_rows, "test": self.test_rows}[split]
+            rows = list(islice(self._packed(split), wanted))
+            if len(rows) < wanted:
                 raise ValueError(
-                    f"The held-out documents give {len(self._held_out)} token rows, data.validation_rows asks for {self.validation_rows}: "
-                    "give more text or a larger data.validation_share."
+                    f"The documents held out for {split} give {len(rows)} token rows, data.{split}_rows asks for {wanted}: "
+                    f"give more text or a larger data.{split}_share."
                 )
-        return self._held_out
+            self._held_out[split] = rows
+        return self._held_out[split]
+
+    def _held_out_loader(self, split: str) -> HeldOutLoader:
+        rank, ranks = self._world()
+        return HeldOutLoader(self._held_out_rows(split), self._produce(), self.model_batch_rows * ranks, rank, ranks)
 
     def _produce(self) -> PairProducer:
         keep_on = "cpu" if self.buffer_on_cpu else None

@@ -87,7 +87,12 @@ class TranscoderModule(ManualModule):
         d_in: Width of the input; null = what the datamodule says.
         d_out: Width of the target; null likewise.
         seed: Seed of the initialisation; null = the run's ``seed_everything``.
+
+    Attributes:
+        logs_fvu_as: What its FVU is called in the logs, so that no callback logs another one under the same name.
     """
+
+    logs_fvu_as = "fvu"
 
     def __init__(
         self,

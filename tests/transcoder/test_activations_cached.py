@@ -28,7 +28,7 @@ def data(folder: Path, rank: int = 0, ranks: int = 1, **settings: Any) -> Cached
         "cache_dir": str(folder), "train_rows": 100, "rows_per_shard": 32, "model": GEMMA, "tokenizer": "bytes",
         "text": SyntheticEnglish(100, sentences=2), "input_site": "mlp_in.1", "target_site": "mlp_out.1", "global_batch_size": 16,
         "lanes": 4, "buffer_rows": 16, "model_batch_rows": 4, "packing": Packing(length=12, boundary="break"), "validation_rows": 5,
-        "validation_share": 0.2, "seed": 3,
+        "validation_share": 0.2, "test_share": 0.2, "test_rows": 4, "seed": 3,
     }  # fmt: skip
     source = CachedActivationDataModule(**(small | settings))
     source._world = lambda: (rank, ranks)  # what a Trainer would say
@@ -36,8 +36,8 @@ def data(folder: Path, rank: int = 0, ranks: int = 1, **settings: Any) -> Cached
 
 
 def batches(source: CachedActivationDataModule, split: str = "train") -> list[dict[str, torch.Tensor]]:
-    loader = source.train_dataloader() if split == "train" else source.val_dataloader()
-    return [dict(batch) for batch in loader]
+    loaders = {"train": source.train_dataloader, "validation": source.val_dataloader, "test": source.test_dataloader}
+    return [dict(batch) for batch in loaders[split]()]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -72,8 +72,10 @@ def test_an_epoch_is_every_row_once_and_the_same_global_batches_on_two_ranks(tmp
     rows = torch.cat([batch["row"] for batch in one])
     assert len(rows.unique()) == 96
     assert not torch.equal(rows, rows.sort().values)
-    held_out = torch.cat([batch["row"] for batch in batches(whole, "validation")])
-    assert torch.equal(held_out, numbers_of(whole._validation_rows(), whole.drop).row)
+    whole.setup("test")
+    for split in ("validation", "test"):
+        held_out = torch.cat([batch["row"] for batch in batches(whole, split)])
+        assert torch.equal(held_out, numbers_of(whole._held_out_rows(split), whole.drop).row)
 
 
 def test_only_what_is_missing_is_written_again_and_more_rows_extend_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

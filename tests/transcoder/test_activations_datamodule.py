@@ -30,7 +30,8 @@ def data(**settings: Any) -> ActivationDataModule:
     small: dict[str, Any] = {
         "model": GEMMA, "tokenizer": "bytes", "text": SyntheticEnglish(200, sentences=3), "input_site": "mlp_in.1",
         "target_site": "blocks.1.hook_mlp_out", "global_batch_size": 32, "buffer_rows": 16, "model_batch_rows": 4, "lanes": 4,
-        "packing": Packing(length=12), "validation_rows": 6, "validation_share": 0.2, "steps_per_epoch": 5, "seed": 3, "repeat": True,
+        "validation_share": 0.2, "test_share": 0.2,
+        "packing": Packing(length=12), "validation_rows": 6, "steps_per_epoch": 5, "seed": 3, "repeat": True,
     }  # fmt: skip
     return ActivationDataModule(**(small | settings))
 
@@ -50,6 +51,8 @@ class Recorder(LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.held_out.append(batch)
+
+    test_step = validation_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -123,23 +126,25 @@ def test_running_out_of_memory_halves_the_forward_passes_and_nothing_else(tmp_pa
         torch.testing.assert_close(a["target"], b["target"])
 
 
-def test_validation_is_every_held_out_row_once_and_no_training_document(tmp_path: Path) -> None:
-    module, source = Recorder(), data()
-    trainer(tmp_path, enable_checkpointing=False).validate(module, datamodule=source, verbose=False)
-    rows = torch.cat([batch["row"] for batch in module.held_out])
-    assert rows.tolist() == [12 * row + position for row in range(6) for position in range(1, 12) if not_separator(source, row, position)]
-    assert source.held_out_tokens(6).shape == (6, 12)
-    train = {document.text for document in source._documents("train")}
-    held = {document.text for document in source._documents("validation")}
-    assert train
-    assert held
-    assert not train & held
-    with pytest.raises(ValueError, match="held-out rows"):
-        source.held_out_tokens(7)
+@pytest.mark.parametrize(("split", "count"), [("validation", 6), ("test", 4)])
+def test_held_out_rows_come_once_each(tmp_path: Path, split: str, count: int) -> None:
+    module, source = Recorder(), data(test_rows=4)
+    runner = trainer(tmp_path, enable_checkpointing=False)
+    (runner.validate if split == "validation" else runner.test)(module, datamodule=source, verbose=False)
+    tokens = source.held_out_tokens(count, split)
+    assert tokens.shape == (count, 12)
+    kept = [(row, position) for row in range(count) for position in range(1, 12) if int(tokens[row, position]) != 2]
+    assert torch.cat([batch["row"] for batch in module.held_out]).tolist() == [12 * row + position for row, position in kept]
+    assert torch.cat([batch["token"] for batch in module.held_out]).tolist() == [int(tokens[place]) for place in kept]
+    with pytest.raises(ValueError, match=f"7 held-out rows were asked for, but data.{split}_rows is {count}"):
+        source.held_out_tokens(7, split)
 
 
-def not_separator(source: ActivationDataModule, row: int, position: int) -> bool:
-    return int(source.held_out_tokens(6)[row, position]) != 2
+def test_no_document_trains_calibrates_and_tests() -> None:
+    source = data()
+    splits = [{document.text for document in source._documents(split)} for split in ("train", "validation", "test")]
+    assert all(splits)
+    assert len(set.union(*splits)) == sum(map(len, splits))
 
 
 def test_an_autoencoder_shares_its_one_site(tmp_path: Path) -> None:
@@ -179,14 +184,16 @@ def test_a_layer_the_model_lacks_and_too_little_held_out_text_are_refused(tmp_pa
     with pytest.raises(ValueError, match="layers 0 to 2"):
         trainer(tmp_path, max_steps=1).fit(Recorder(), datamodule=data(input_site="mlp_in.3"))
     with pytest.raises(ValueError, match="validation_share"):
-        data(validation_rows=10000).held_out_tokens(1)
+        data(validation_rows=10000).held_out_tokens(1, "validation")
+    with pytest.raises(ValueError, match="test_share"):
+        data(test_rows=10000).held_out_tokens(1, "test")
 
 
 def test_the_model_in_a_folder_is_read_with_its_own_weights(tmp_path: Path) -> None:
     model: Any = tiny_language_model("llama", vocab_size=259)
     model.save_pretrained(tmp_path / "model")
     source = data(model=str(tmp_path / "model"), target_site="mlp_out_raw.1")
-    tokens = source.held_out_tokens(2)
+    tokens = source.held_out_tokens(2, "validation")
     site = parse_site("mlp_out_raw.1")
     expected = collect_sites(model, [site], input_ids=tokens)[site]
     assert torch.equal(collect_sites(source.producer, [site], input_ids=tokens)[site], expected)

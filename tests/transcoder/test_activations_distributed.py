@@ -19,7 +19,7 @@ MODEL = {
 TEXT = {"class_path": "theodolite.datamodules.text.documents.SyntheticEnglish", "init_args": {"documents": 100, "sentences": 3}}
 DATA: dict[str, Any] = {
     "model": MODEL, "tokenizer": "bytes", "text": TEXT, "input_site": "mlp_in.1", "target_site": "mlp_out.1", "global_batch_size": 64,
-    "buffer_rows": 32, "model_batch_rows": 4, "packing": {"length": 24}, "validation_rows": 7, "validation_share": 0.2,
+    "buffer_rows": 32, "model_batch_rows": 4, "packing": {"length": 24}, "validation_rows": 7, "validation_share": 0.2, "test_share": 0.2,
 }  # fmt: skip
 
 

@@ -154,8 +154,8 @@ class PairLoader:
 def test_a_transcoder_is_run_in_evaluation_mode_and_first_positions_are_dropped(tmp_path: Path) -> None:
     module = PairModule()
     fit(tmp_path, module, [FVUCallback(forward=True)], PairLoader(), PairLoader(), num_sanity_val_steps=0)
-    assert logged(tmp_path, "val/fvu") == pytest.approx([fvu_of(module.measured)], rel=1e-6)
-    assert logged(tmp_path, "val/fvu_dropped") == [0.25]
+    assert logged(tmp_path, "val/fvu_forward") == pytest.approx([fvu_of(module.measured)], rel=1e-6)
+    assert logged(tmp_path, "val/fvu_forward_dropped") == [0.25]
 
 
 class LanguageModel(LightningModule):
@@ -190,8 +190,8 @@ def test_a_pair_of_sites_drops_first_bos_and_padding_by_default(tmp_path: Path, 
     callback = FVUCallback(target="blocks.1.hook_mlp_out", reconstruction="probe output")
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[callback])
     found = trainer.validate(module, DataLoader(batches, batch_size=None), verbose=False)[0]  # pyright: ignore[reportArgumentType]
-    assert found["val/fvu"] == pytest.approx(fvu_of(module.rows), rel=1e-6)
-    assert found["val/fvu_dropped"] == pytest.approx((4 + 1 + 2) / 32)
+    assert found["val/fvu_blocks.1.hook_mlp_out"] == pytest.approx(fvu_of(module.rows), rel=1e-6)
+    assert found["val/fvu_blocks.1.hook_mlp_out_dropped"] == pytest.approx((4 + 1 + 2) / 32)
     assert not module.probe._forward_hooks
 
 
@@ -247,6 +247,28 @@ def test_groups_are_named_and_worse_than_the_mean_is_remarked_on(tmp_path: Path)
     assert logged(tmp_path, "val/fvu_all") == logged(tmp_path, "val/fvu") == pytest.approx([fvu_of(module.seen["val"])], rel=1e-6)
     assert logged(tmp_path, "val/fvu_half")[0] == logged(tmp_path, "val/fvu_max")[0] > 1
     assert logged(tmp_path, "val/again_a") == logged(tmp_path, "val/fvu_half")
+
+
+class LogsItself(PairModule):
+    logs_fvu_as = "fvu"
+
+
+def test_no_callback_logs_under_the_name_of_the_modules_own_fvu(tmp_path: Path) -> None:
+    names = {"fvu": False, "fvu_1024": False, "fvu_max": False, "fvu_forward": True, "coder_fvu": True, "fvu_mlp_out.8": True}
+    for name, fits in names.items():
+        callback = FVUCallback(forward=True, name=name)
+        if fits:
+            callback.setup(Trainer(logger=False), LogsItself(), "fit")
+            continue
+        with pytest.raises(ValueError, match=f"LogsItself logs {name} itself"):
+            fit(tmp_path, LogsItself(), [callback], PairLoader())
+    named = [
+        FVUCallback(),
+        FVUCallback(target="layer.0 input", reconstruction="layer output"),
+        FVUCallback(forward=True),
+        FVUCallback(forward="coder"),
+    ]
+    assert [callback.name for callback in named] == ["fvu", "fvu_layer.0_input", "fvu_forward", "fvu_coder"]
 
 
 def test_what_cannot_be_measured_is_refused_in_one_sentence(tmp_path: Path) -> None:

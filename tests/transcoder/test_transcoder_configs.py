@@ -25,7 +25,7 @@ TINY: dict[str, Any] = {
         "init_args": {
             "text": {"class_path": "theodolite.datamodules.text.documents.SyntheticEnglish", "init_args": {"documents": 200}},
             "dtype": "float32", "tokenizer": "bytes", "buffer_rows": 32, "global_batch_size": 128, "packing": {"length": 32},
-            "validation_rows": 8, "validation_share": 0.2,
+            "validation_rows": 8, "validation_share": 0.2, "test_share": 0.2,
         }
     },
     "trainer": {
@@ -59,7 +59,7 @@ def test_the_gemma_configs_run_on_a_tiny_gemma(tmp_path: Path) -> None:
     assert [run["input_site"] for run in summary["runs"]] == ["mlp_in.8", "resid_mid.8"]
     values = summary["runs"][0]["values"]
     assert {"fvu", "fvu_32", "fvu_512", "l0", "dead_fraction", "ce", "ce_recovered", "kl_spliced"} <= set(values)
-    assert abs(values["l0"] - 4) < 0.2
+    assert abs(values["l0"] - 4) < 1, "k on the tokens of calibration, about k on those of the test"
     assert summary["comparisons"][0]["n"] == 1
     page = (tmp_path / "page" / "index.html").read_text()
     assert "resid_mid.8" in page

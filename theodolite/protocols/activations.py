@@ -70,8 +70,8 @@ class ActivationSource(Protocol):
         """The language model, in evaluation mode and without gradients, for evaluations that splice something into it."""
         ...
 
-    def held_out_tokens(self, sequences: int) -> Tensor:
-        """(sequences, length) int64 packed token ids of the validation stream, the same on every rank."""
+    def held_out_tokens(self, sequences: int, split: str) -> Tensor:
+        """(sequences, length) int64 packed token ids of the ``validation`` or ``test`` stream, the same on every rank."""
         ...
 
 
