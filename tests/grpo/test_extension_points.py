@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from grpo_fits import Gradients, PlainDescent, deviation, fit, flat_gradient
 
-from theodolite.lightning_modules.grpo.window import POLICY, replace_rollout
 from theodolite.protocols import OracleWindow, Reward, TokenSequence, Window
+from theodolite.replay import POLICY, replace_rollout
 
 
 def gradient_of(path: Path, *callbacks: Any, **settings: Any) -> Tensor:
@@ -66,6 +66,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"mismatch": {"mode": "token_tis"}}, "give mode"),
     ({"mismatch": {"mode": "token_tis", "high": 2.0}, "top_p": 0.9}, "top_p or top_k truncate"),
     ({"mismatch": {"mode": "token_tis", "high": 2.0}, "top_k": 5}, "top_p or top_k truncate"),
+    ({"top_p": 0.9}, "top_p=0.9 and model.top_k=0 cut what is sampled"),
+    ({"top_k": 5}, "set top_p to 1 and top_k to 0"),
+    ({"top_k": 5, "truncated_sampling": "renormalised"}, "refuse, untruncated"),
     ({"truncated": "drop"}, "keep, mask, exclude"),
     ({"zero_variance": "keep"}, "skip, drop, refill"),
     ({"reward_mix": "gdpo"}, "needs model.reward_weights"),
