@@ -18,11 +18,12 @@ Deviations from the paper, all on purpose:
    the length limit, any token at all; the mean is defined alike for both. On leetcode-mini both separate all held-out pairs.
 2. **Standardisation.** The floor is absolute, so scores need a scale: ``s = (h . d - m_clean) / (m_concept - m_clean)`` makes the fitted
    pairs' clean mean 0 and their concept mean 1. The floor of 0.1 is then a tenth of the distance between the two.
-3. **Pairs.** Same-prompt pairs of the task at hand, not sentences of a general domain; one layer, not an average over a band.
+3. **Pairs.** Same-prompt pairs of the task at hand, not sentences of a general domain. One layer by default; ``band`` averages states over
+   the paper's.
 
 The direction comes from the policy at the start of the fit and stays; the scores come from the current policy. Groups of one rollout have
-``z = 0``. The window's metrics get ``rebound/penalised_fraction``, ``rebound/mean_positive_z``, ``rebound/mean_score``, and once
-``rebound/held_out_separation``, the share of held-out pairs whose concept side scores higher.
+``z = 0``. The window's features get ``rebound_score``, its metrics ``rebound/penalised_fraction``, ``rebound/mean_positive_z``,
+``rebound/mean_score``, and once ``rebound/held_out_separation``, the share of held-out pairs whose concept side scores higher.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from theodolite.callbacks.completion_states import decoder_layers, pooled_states, shared_over_ranks
+from theodolite.callbacks.completion_states import decoder_layers, layer_band, pooled_states, shared_over_ranks
 from theodolite.callbacks.sequence_gradients import TokenPair, contrast_pairs, encode_pairs, require_pair_source, require_scorer
 from theodolite.protocols import TokenSequence, Window
 from theodolite.seeds import derive_seed, run_seed
@@ -46,7 +47,8 @@ class ReboundCallback(Callback):
     Args:
         alpha: Strength of the penalty (2 in the paper, for both modes). Multiplicative with ``alpha > 1`` turns rewards negative.
         mode: ``additive`` or ``multiplicative`` (on rewards, as published) or ``advantage``.
-        layer_fraction: Depth of the states, as a fraction of the decoder layers (the paper uses 0.60 to 0.75).
+        layer_fraction: Depth of the states, as a fraction of the decoder layers.
+        band: Average the states over the layers between two depths instead (0.60 and 0.75 in the paper).
         n_pairs: Pairs to fit on; a quarter as many again are held out to measure the separation.
         position: ``mean`` over the completion's tokens, or its ``last`` token.
         std_floor: Smallest divisor of ``z``, in units of the distance between clean and concept.
@@ -71,8 +73,11 @@ class ReboundCallback(Callback):
         seed: int | None = None,
         random_direction: bool = False,
         chunk_size: int = 32,
+        band: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
+        if band is not None:
+            layer_band(100, band)
         if mode not in ("additive", "multiplicative", "advantage") or position not in ("last", "mean"):
             raise ValueError(
                 f"mode={mode!r} must be 'additive', 'multiplicative' or 'advantage' and position={position!r} 'last' or 'mean'."
@@ -84,7 +89,7 @@ class ReboundCallback(Callback):
             )
         self.mode: Literal["additive", "multiplicative", "advantage"] = mode
         self.position: Literal["last", "mean"] = position
-        self.alpha, self.layer_fraction, self.n_pairs = alpha, layer_fraction, n_pairs
+        self.alpha, self.layer_fraction, self.band, self.n_pairs = alpha, layer_fraction, band, n_pairs
         self.std_floor, self.pairs, self.seed = std_floor, pairs, run_seed(seed)
         self.random_direction, self.chunk_size = random_direction, chunk_size
         self.score_vector: Tensor | None = None
@@ -137,6 +142,7 @@ class ReboundCallback(Callback):
         assert self.score_vector is not None, "on_train_start has not run"
         states = self._states(trainer, pl_module, [rollout.tokens for rollout in window.rollouts])
         self._window_scores = states @ self.score_vector - self.score_offset
+        window.features["rebound_score"] = self._window_scores
         window.metrics["rebound/mean_score"] = (float(self._window_scores.sum()), float(len(self._window_scores)))
         if not self._reported:
             window.metrics["rebound/held_out_separation"] = (self.held_out_separation, 1.0)
@@ -173,8 +179,10 @@ class ReboundCallback(Callback):
 
     def _states(self, trainer: Trainer, pl_module: LightningModule, sequences: Sequence[TokenSequence]) -> Tensor:
         """(n, d) pooled completion states in float64 on the CPU, in the order given."""
-        layer = max(1, round(self.layer_fraction * decoder_layers(pl_module)))
-        return pooled_states(trainer, pl_module, sequences, layer, self.position, self.chunk_size)
+        depth = decoder_layers(pl_module)
+        layers = [max(1, round(self.layer_fraction * depth))] if self.band is None else layer_band(depth, self.band)
+        states = [pooled_states(trainer, pl_module, sequences, layer, self.position, self.chunk_size) for layer in layers]
+        return states[0] if len(states) == 1 else torch.stack(states).mean(0)
 
 
 def fit_score(concept: Tensor, clean: Tensor, random_unit: Tensor | None = None) -> tuple[Tensor, float]:
