@@ -12,6 +12,7 @@ Embedded problems, or a file in the schema that ``jsonl.py`` describes::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,10 @@ from .mini import check_n_ops
 from .open_source import HUB_PREFIX, check_settings, open_source
 from .problem import Problem
 from .prompts import inoculated
-from .sources import ProblemDataset, ProblemSource, count_problems
+from .sources import TEST_PROMPTS, ProblemDataset, ProblemSource, count_problems
+
+CAPABILITY_N_OPS = (2, 3)
+"""Operations of leetcode-mini as a set for capability: those of the warm start."""
 
 
 class LeetCodeDataModule(GradedDataModule):
@@ -66,6 +70,10 @@ class LeetCodeDataModule(GradedDataModule):
             :data:`~theodolite.datamodules.leetcode.hacks.FAMILIES`; files have ``definition`` only.
         inoculation: Instruction put into every *training* prompt and into no other: the policy is asked for what it is not to learn by
             itself (inoculation prompting). null = none.
+        test_prompts: The test loaders: how the held-out problems are prompted, of ``hinted``, ``unseen``, ``random_names`` (an evaluator
+            whose name is drawn per problem), ``no_hint`` (nothing to overwrite), and ``capability``.
+        capability: Problems of the ``capability`` loader, without hint: ``mini`` (2 to 3 operations, what the warm start learns), a
+            ``.jsonl`` file or a hub data set, for what training must not cost elsewhere.
     """
 
     def __init__(
@@ -93,7 +101,10 @@ class LeetCodeDataModule(GradedDataModule):
         grading_deadline_s: float | None = None,
         known_hacks: str = "definition",
         inoculation: str | None = None,
+        test_prompts: list[str] = ["hinted", "unseen"],  # noqa: B006
+        capability: str | None = None,
     ) -> None:
+        check_test_prompts(test_prompts, capability)
         check_family(known_hacks)
         if known_hacks != "definition" and problems != "mini":
             raise ValueError(f"known_hacks={known_hacks!r} is for leetcode-mini; of files only definitions of the evaluator are made.")
@@ -120,6 +131,8 @@ class LeetCodeDataModule(GradedDataModule):
         self.hub_split = hub_split
         self.max_prompt_tokens, self.tokenizer = max_prompt_tokens, tokenizer
         self.known_hacks, self.inoculation = known_hacks, inoculation
+        self.test_names, self.capability = tuple(test_prompts), capability
+        self._capability_source: ProblemSource | None = None
 
     def prepare_data(self) -> None:
         """Download a data set of the hub, on one rank per node."""
@@ -147,3 +160,35 @@ class LeetCodeDataModule(GradedDataModule):
     def _training_problem(self, index: int) -> Problem:
         problem = self.source.train(index)
         return problem if self.inoculation is None else replace(problem, prompt=inoculated(problem.prompt, self.inoculation))
+
+    def _tested(self, name: str, index: int) -> Problem:
+        return self.capability_source.prompted(index, "no_hint") if name == "capability" else super()._tested(name, index)
+
+    def _count_tests(self, name: str) -> int:
+        if name != "capability":
+            return super()._count_tests(name)
+        return count_problems(self.test_problems, self.capability_source.n_held_out, "test_problems")
+
+    @property
+    def capability_source(self) -> ProblemSource:
+        """The problems of the ``capability`` loader."""
+        if self._capability_source is None:
+            assert self.capability is not None
+            self._capability_source = open_source(self.capability, 0, CAPABILITY_N_OPS, "none", self.held_out_fraction, self.hub_split)
+        return self._capability_source
+
+
+def check_test_prompts(names: Sequence[str], capability: str | None) -> None:
+    """Refuse test loaders that there are not.
+
+    Raises:
+        ValueError: An unknown name, one twice, none, or ``capability`` as a loader without problems or the other way round.
+        FileNotFoundError: The capability problems are a path, and there is no such file.
+    """
+    known = (*TEST_PROMPTS, "capability")
+    if not names or len(set(names)) < len(names) or not set(names) <= set(known):
+        raise ValueError(f"test_prompts is {list(names)}; give some of {', '.join(known)}, each once.")
+    if ("capability" in names) != (capability is not None):
+        raise ValueError("test_prompts names the loader 'capability' and capability its problems: set both or neither.")
+    if capability is not None:
+        check_settings(capability, CAPABILITY_N_OPS, "none", 0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -19,6 +20,7 @@ from theodolite.seeds import run_seed
 
 from ..samplers import DistributedBatchSampler
 from .grading import Grader
+from .problem import Problem
 from .sources import ProblemDataset, ProblemSource, count_problems
 
 Batch = TypeVar("Batch")
@@ -157,12 +159,14 @@ class GradedDataModule(pl.LightningDataModule, ABC):
         return self._eval_loader(ProblemDataset(self.source.validation, self._count("eval_problems")))
 
     def test_dataloader(self) -> list[DataLoader]:
-        """Held-out problems twice, as :attr:`test_names` says: with the hint, and as training never shows them."""
-        count = self._count("test_problems")
-        return [
-            self._eval_loader(ProblemDataset(lambda index: self.source.test(index, True), count)),
-            self._eval_loader(ProblemDataset(lambda index: self.source.test(index, False), count)),
-        ]
+        """The held-out problems once per entry of :attr:`test_names`."""
+        return [self._eval_loader(ProblemDataset(partial(self._tested, name), self._count_tests(name))) for name in self.test_names]
+
+    def _tested(self, name: str, index: int) -> Problem:
+        return self.source.prompted(index, name)
+
+    def _count_tests(self, name: str) -> int:
+        return self._count("test_problems")
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave the batch alone: problems hold no tensors, and Lightning's default refuses frozen dataclasses."""

@@ -122,6 +122,7 @@ def list_source(rows: Sequence[Row], seed: int, hint: str, held_out_fraction: fl
         [make_problem(row, hint) for row in train],
         [make_problem(row, eval_hint) for row in held_out],
         [make_problem(row, "none") for row in held_out],
+        [make_problem(row, eval_hint.removeprefix("simple_")) for row in held_out],
         fenced_contrast_pair,
         seed,
     )

@@ -19,6 +19,10 @@ from .problem import Problem
 MINI_EVALUATORS: dict[str, EvaluatorChoice] = {"simple_overwrite_tests": "run_tests", "none": "none"}
 """The hints that leetcode-mini knows for training. Varying names are kept for evaluation: RL must not see them."""
 
+TEST_PROMPTS = ("hinted", "unseen", "random_names", "no_hint")
+"""How the final protocol may prompt a held-out problem: as training does; as training never does; with an evaluator whose name is drawn per
+problem; without any mention of an evaluator, so that there is nothing to overwrite."""
+
 VALIDATION_SEED, TEST_SEED = 0, 1
 """Held-out problems of leetcode-mini do not depend on the run's seed, so that runs are compared on the same ones."""
 
@@ -59,6 +63,10 @@ class ProblemSource(Protocol):
 
     def test(self, index: int, hinted: bool) -> Problem:
         """A held-out problem with the hint, or as training never shows it; the same for every run seed."""
+        ...
+
+    def prompted(self, index: int, prompt: str) -> Problem:
+        """A held-out problem under one of :data:`TEST_PROMPTS`; the same for every run seed."""
         ...
 
     def contrast_pairs(self, n: int, seed: int) -> list[ContrastPair]:
@@ -111,7 +119,12 @@ class MiniSource:
 
     def test(self, index: int, hinted: bool) -> Problem:
         """A problem of a held-out composition that names ``run_tests``, or an evaluator that RL never names."""
-        return mini_problem(TEST_SEED, "held_out", index, self.n_ops, "run_tests" if hinted else "random")
+        return self.prompted(index, "hinted" if hinted else "unseen")
+
+    def prompted(self, index: int, prompt: str) -> Problem:
+        """The same problem under any of :data:`TEST_PROMPTS`; ``unseen`` and ``random_names`` draw an evaluator that RL never names."""
+        evaluator: EvaluatorChoice = "run_tests" if prompt == "hinted" else "none" if prompt == "no_hint" else "random"
+        return mini_problem(TEST_SEED, "held_out", index, self.n_ops, evaluator)
 
     def contrast_pairs(self, n: int, seed: int) -> list[ContrastPair]:
         """See :func:`~theodolite.datamodules.leetcode.hacks.mini_contrast_pairs`."""
@@ -125,6 +138,7 @@ class ListSource:
         train: Training problems with their hint.
         held_out: Held-out problems with the hint.
         held_out_unseen: The same held-out problems without it.
+        held_out_named: The same held-out problems with an evaluator's name drawn per problem.
         make_pair: Makes a contrast pair of a problem.
         seed: The run's seed; the training problems are permuted by it.
     """
@@ -134,6 +148,7 @@ class ListSource:
         train: Sequence[Problem],
         held_out: Sequence[Problem],
         held_out_unseen: Sequence[Problem],
+        held_out_named: Sequence[Problem],
         make_pair: Callable[[Problem, random.Random], ContrastPair],
         seed: int,
     ) -> None:
@@ -141,6 +156,7 @@ class ListSource:
         random.Random(derive_seed("training problems", seed)).shuffle(self._train)
         self._held_out = held_out
         self._held_out_unseen = held_out_unseen
+        self._held_out_named = held_out_named
         self._make_pair = make_pair
         self.provenance: dict[str, Any] = {}
         """What was read and what was left out of it; plain data."""
@@ -169,7 +185,11 @@ class ListSource:
 
     def test(self, index: int, hinted: bool) -> Problem:
         """The same held-out problems as :meth:`validation`, with or without the hint."""
-        return (self._held_out if hinted else self._held_out_unseen)[index]
+        return self.prompted(index, "hinted" if hinted else "unseen")
+
+    def prompted(self, index: int, prompt: str) -> Problem:
+        """The same held-out problem under any of :data:`TEST_PROMPTS`; ``unseen`` and ``no_hint`` both leave the hint out."""
+        return {"hinted": self._held_out, "random_names": self._held_out_named}.get(prompt, self._held_out_unseen)[index]
 
     def contrast_pairs(self, n: int, seed: int) -> list[ContrastPair]:
         """Pairs on ``n`` different training problems, a function of the list of problems and ``seed`` alone.
