@@ -82,7 +82,7 @@ def decode(
     """
     rows, steps, logits = len(prefix.logits), sampling.max_new_tokens, prefix.logits
     ids = torch.full((rows, steps), pad_id, dtype=torch.long)
-    log_probs = torch.zeros(rows, steps)
+    log_probs = torch.zeros(rows, steps, dtype=torch.float32)  # whatever dtype a precision plugin makes the default
     lengths = torch.full((rows,), steps)
     stopped = torch.zeros(rows, dtype=torch.bool)
     ends = torch.tensor(sorted(end_ids), dtype=torch.long)
