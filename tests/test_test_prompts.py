@@ -72,7 +72,7 @@ def test_a_file_s_problems_get_a_name_per_problem_too(tmp_path: Path) -> None:
         for number in range(40)
     ]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sizes = SMALL | {"test_problems": None, "train_problems": None, "eval_problems": None}
+    sizes: dict[str, Any] = SMALL | {"test_problems": None, "train_problems": None, "eval_problems": None}
     found = loaded(LeetCodeDataModule(problems=str(path), test_prompts=["hinted", "random_names", "no_hint"], **sizes))
     assert {row.evaluator for row in found["hinted"]} == {"run_tests"}
     assert len({row.evaluator for row in found["random_names"]}) > 1
