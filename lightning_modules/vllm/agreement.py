@@ -161,13 +161,12 @@ def check_binding(model: nn.Module, prompt: Sequence[int], draw: Callable[[], Dr
     quiet = trainer_log_probs(model, prompt, drawn.ids)
     sampler = torch.tensor(drawn.log_probs, dtype=torch.float64)
     if float((loud - quiet).abs().mean()) <= 4 * limit:
-        raise DisagreementError(
-            "An adapter of random numbers changes nothing in the trainer itself; does lora.target_modules match a layer?"
-        )
+        raise DisagreementError("An adapter of random numbers changes nothing in the trainer; does lora.target_modules match a layer?")
     # large random matrices amplify rounding, so closeness is judged against the size of the effect, too
     to_loud, to_quiet = (float((sampler - own).abs().mean()) for own in (loud, quiet))
     if not to_loud <= max(2 * limit, 0.1 * to_quiet):
         raise DisagreementError(
             f"The sampler took the adapter, but does not compute with it: its log-probabilities are {to_loud:.2g} from the trainer's with "
-            f"the adapter and {to_quiet:.2g} from those without. Are the names of its layers those of the served model?"
+            f"the adapter and {to_quiet:.2g} from those without. Are the names of its layers those of the served model, and are "
+            "log-probabilities those after temperature (--logprobs-mode processed_logprobs)?"
         )

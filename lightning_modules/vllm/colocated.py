@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import random
@@ -64,6 +65,7 @@ class VLLMRollout(VLLMEngine):
         self._llm: Any = None
         self._asleep = False
         self._request: Any = None
+        self._own_group = False
         self._path: Path | None = None
 
     def setup(self, model: nn.Module, end_ids: Sequence[int], pad_id: int, folder: Path | None = None) -> None:
@@ -74,9 +76,7 @@ class VLLMRollout(VLLMEngine):
         """
         super().setup(model, end_ids, pad_id, folder)
         if importlib.util.find_spec("vllm") is None:
-            raise ValueError(
-                "VLLMRollout needs vLLM in this environment: pip install 'theodolite[vllm]', or use VLLMServerRollout with a server elsewhere."
-            )
+            raise ValueError("VLLMRollout needs vLLM in this environment: pip install 'theodolite[vllm]', or use VLLMServerRollout.")
         self.folder = self.folder / f"rank-{this_rank()}"
 
     def _longest(self) -> int:
@@ -94,11 +94,12 @@ class VLLMRollout(VLLMEngine):
             for _ in weights:  # its end puts the adapter back
                 pass
             return
-        from vllm.lora.request import LoRARequest
-
         old, self._path = self._path, self._write_adapter(name)
         number = 1 if self._request is None else self._request.lora_int_id + 1
-        previous, self._request = self._request, LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(self._path))
+        previous, self._request = (
+            self._request,
+            _vllm("lora.request").LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(self._path)),
+        )
         if not self._llm.llm_engine.add_lora(self._request):
             raise RuntimeError(f"vLLM did not take the adapter {name}.")
         if previous is not None:
@@ -111,13 +112,12 @@ class VLLMRollout(VLLMEngine):
             raise RuntimeError("vLLM would not reset its prefix cache; is another request in flight?")
 
     def _draw(self, requests: Sequence[tuple[tuple[int, ...], int]], sampling: Sampling, ends: Sequence[int]) -> list[Drawn]:
-        from vllm import SamplingParams
-
         self._awake()
+        sampling_params = _vllm("sampling_params").SamplingParams
         common: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k, "logprobs": 0}
         common |= {"max_tokens": sampling.max_new_tokens, "stop_token_ids": list(ends), "ignore_eos": True, "detokenize": False}
         prompts = [{"prompt_token_ids": list(prompt)} for prompt, _ in requests]
-        settings = [SamplingParams(seed=seed, **common) for _, seed in requests]
+        settings = [sampling_params(seed=seed, **common) for _, seed in requests]
         with _leaving_no_trace():
             answers = self._llm.generate(prompts, settings, lora_request=self._request, use_tqdm=False)
         return [_drawn(answer.outputs[0]) for answer in answers]
@@ -132,8 +132,6 @@ class VLLMRollout(VLLMEngine):
     def _build(self) -> Any:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: it shares the device, and starts in seconds
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        from vllm import LLM
-
         config, parameter = base_model(self.model).config, next(self.model.parameters())
         source, revision = config.name_or_path, getattr(config, "_commit_hash", None)
         if not source:  # a random initialisation exists nowhere else
@@ -155,8 +153,9 @@ class VLLMRollout(VLLMEngine):
             settings["distributed_executor_backend"] = "external_launcher"
             os.environ.setdefault("RANK", str(this_rank()))
             os.environ.setdefault("WORLD_SIZE", str(world_size()))
+        self._own_group = not torch.distributed.is_initialized()
         with _leaving_no_trace():
-            return LLM(source, **(settings | self.engine_args))
+            return _vllm("").LLM(source, **(settings | self.engine_args))
 
     def _can_sleep(self) -> bool:
         return self.sleep and next(self.model.parameters()).device.type == "cuda"
@@ -174,16 +173,25 @@ class VLLMRollout(VLLMEngine):
 
     def teardown(self) -> None:
         """Shut the engine down and forget the policy."""
-        llm, path = self._llm, self._path
+        llm, path, own_group = self._llm, self._path, self._own_group
         super().teardown()
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
+            groups = _vllm("distributed.parallel_state")
+            groups.destroy_model_parallel()
+            if own_group:  # else it is the trainer's
+                groups.destroy_distributed_environment()
         if path is not None:
             shutil.rmtree(path.parent, ignore_errors=True)
 
 
+def _vllm(module: str) -> Any:
+    """A module of vLLM, imported when it is needed: it is an extra, and takes seconds."""
+    return importlib.import_module(f"vllm.{module}" if module else "vllm")
+
+
 def _drawn(output: Any) -> Drawn:
-    """vLLM's answer as plain numbers: of every position the log-probability of the token that was drawn."""
+    """An answer of vLLM as plain numbers: of every position the log-probability of the token that was drawn."""
     ids = tuple(output.token_ids)
     log_probs = tuple(float(position[token].logprob) for token, position in zip(ids, output.logprobs, strict=True))
     return Drawn(ids, log_probs, str(output.finish_reason))
@@ -191,7 +199,7 @@ def _drawn(output: Any) -> Drawn:
 
 @contextmanager
 def _leaving_no_trace() -> Iterator[None]:
-    """vLLM seeds the process's generators when it starts; training must not notice."""
+    """A starting vLLM seeds the process's generators; training must not notice."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     python, numpy, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
     with torch.random.fork_rng(devices=devices):

@@ -162,9 +162,11 @@ class VLLMEngine(ABC):
         bounds = np.cumsum([0, *(len(group) for group in seeds)])
         return [flat[a:b] for a, b in itertools.pairwise(bounds)]
 
+    @abstractmethod
     def offload(self) -> None:
         """Give memory back for the training phase, where the engine shares the trainer's device."""
 
+    @abstractmethod
     def onload(self) -> None:
         """Be ready to generate again."""
 

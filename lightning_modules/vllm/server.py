@@ -76,8 +76,8 @@ class VLLMServerRollout(VLLMEngine):
         name, card = next(iter(self.server.models().items()))
         if source and str(card.get("root")) != source:
             raise VLLMServerError(
-                f"The server at {self.server.url} serves {card.get('root')!r}, but the policy is {source!r}; start {self.server.command}, or "
-                "say rollout.served_model."
+                f"The server at {self.server.url} serves {card.get('root')!r}, but the policy is {source!r}; start {self.server.command}, "
+                "or say rollout.served_model."
             )
         self._base, self.max_model_len = name, int(card["max_model_len"])
         rank_zero_info(f"rollouts from vLLM {self.server.version()} at {self.server.url}; to start it again: {self.server.command}")
@@ -157,6 +157,12 @@ class VLLMServerRollout(VLLMEngine):
             raise VLLMServerError(f"The server at {self.server.url} changed a prompt's token ids; does it add tokens of its own?")
         values = tuple(float("nan") if value is None else float(value) for value in log_probs)
         return Drawn(tuple(ids), values, str(choice.get("finish_reason")))
+
+    def offload(self) -> None:
+        """Nothing of the trainer's memory is held."""
+
+    def onload(self) -> None:
+        """The server is always ready."""
 
     def teardown(self) -> None:
         """Forget the policy; the server stays, without this run's adapter."""

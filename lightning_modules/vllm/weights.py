@@ -34,9 +34,7 @@ def adapter_rank(model: nn.Module) -> int:
     ranks = []
     for parent, name, layer in adapted_layers(model):
         if not isinstance(layer.get_base_layer(), nn.Linear):
-            raise ValueError(
-                f"vLLM applies LoRA to linear layers only, and {name} of {type(parent).__name__} is none; leave it out of lora."
-            )
+            raise ValueError(f"vLLM applies LoRA to linear layers, and {name} of {type(parent).__name__} is none; leave it out of lora.")
         if any(layer.use_dora.get(adapter, False) for adapter in layer.active_adapters):
             raise ValueError("vLLM does not apply DoRA; set lora.use_dora to false, or push merged weights (push: full).")
         ranks.append(sum(layer.r[adapter] for adapter in layer.active_adapters if adapter in layer.lora_A))
