@@ -13,7 +13,14 @@ from torch import Tensor
 
 from theodolite.functional.activation_threshold import activation_histogram, mean_of, threshold_for_count, update_mean
 from theodolite.functional.prefixes import resolve_prefixes
-from theodolite.functional.sparse_codes import SparseCodes, above_threshold, entries_as_codes, largest_entries, topk_codes
+from theodolite.functional.sparse_codes import (
+    SparseCodes,
+    above_threshold,
+    entries_as_codes,
+    largest_entries,
+    largest_per_row,
+    topk_codes,
+)
 from theodolite.functional.sparse_products import decode, decode_blocks, encode_sparsely
 from theodolite.functional.transcoder_losses import (
     AuxiliaryResidual,
@@ -37,6 +44,19 @@ def test_topk_keeps_what_a_full_sort_keeps(n: int, m: int, k: int, seed: int) ->
     kept = topk_codes(scores, k).dense().numpy()
     expected = np.where(scores.numpy() >= np.sort(scores.numpy(), axis=1)[:, [m - k]], np.maximum(scores.numpy(), 0), 0)
     assert np.array_equal(kept, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 5), st.integers(1, 300), st.integers(1, 40), st.sampled_from([0.0, 0.1, 2.0]), st.integers(0, 10**6))
+def test_single_precision_rows_keep_k_different_entries_none_smaller_than_what_is_left(
+    n: int, m: int, k: int, step: float, seed: int
+) -> None:
+    scores, k = numbers(n, m, seed=seed, dtype=torch.float32), min(k, m)
+    scores = (scores / step).round() * step if step else scores  # many equal values
+    chosen = largest_per_row(scores, k)
+    assert chosen.shape == (n, k)
+    assert all(len(set(row)) == k for row in chosen.tolist())
+    assert torch.equal(scores.gather(1, chosen).sort(dim=1).values, scores.sort(dim=1).values[:, m - k :])
 
 
 @settings(max_examples=40, deadline=None)
