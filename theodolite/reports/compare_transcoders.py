@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from theodolite.functional.statistics import Spread, spread, t_interval
+from theodolite.functional.statistics import t_interval
 from theodolite.provenance import write_bytes_atomic, write_json_atomic, write_text_atomic
 from theodolite.reports.records import read_metrics
 
@@ -70,6 +70,11 @@ class CoderRun:
     def layer(self) -> int:
         """Of the target site."""
         return int(self.target_site.rpartition(".")[2])
+
+    @property
+    def sites(self) -> tuple[str, str]:
+        """Input and target."""
+        return self.input_site, self.target_site
 
     @property
     def prefixes(self) -> dict[int, float]:
@@ -126,19 +131,24 @@ def arms_of(runs: Sequence[CoderRun]) -> list[str]:
     return list(dict.fromkeys(run.arm for run in runs))
 
 
-def arm_value(runs: Sequence[CoderRun], arm: str, name: str) -> Spread:
-    """Mean and spread of a number over an arm's seeds."""
-    return spread([run.values.get(name) for run in runs if run.arm == arm])
-
-
 def paired(runs: Sequence[CoderRun], arm: str, against: str, name: str) -> dict[str, Any]:
-    """``arm`` minus ``against`` by seed, with the 95 % t interval of its mean."""
-    sides = [{run.seed: run.values[name] for run in runs if run.arm == side and name in run.values} for side in (arm, against)]
-    seeds = sorted(set(sides[0]) & set(sides[1]))
-    differences = [sides[0][seed] - sides[1][seed] for seed in seeds]
+    """``arm`` minus ``against`` by seed and layer, with the 95 % t interval of its mean.
+
+    Raises:
+        ValueError: Two runs of an arm have one seed and layer.
+    """
+    sides: list[dict[tuple[int, int], float]] = []
+    for side in (arm, against):
+        known = [((run.seed, run.layer), run.values[name]) for run in runs if run.arm == side and name in run.values]
+        if len(known) != len(dict(known)):
+            raise ValueError(
+                f"Two runs of the arm {side} have the same seed and layer; compare one of them, or give them names of their own."
+            )
+        sides.append(dict(known))
+    differences = [sides[0][key] - sides[1][key] for key in sorted(sides[0].keys() & sides[1].keys())]
     low, high = t_interval(differences)
-    mean = sum(differences) / len(seeds) if seeds else None
-    return {"arm": arm, "against": against, "measure": name, "n": len(seeds), "mean": mean, "low": low, "high": high}
+    mean = sum(differences) / len(differences) if differences else None
+    return {"arm": arm, "against": against, "measure": name, "n": len(differences), "mean": mean, "low": low, "high": high}
 
 
 def summarise(runs: Sequence[CoderRun]) -> dict[str, Any]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
+from math import floor, log10
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from theodolite.functional.statistics import Spread, spread
 from theodolite.reports.arms import ArmStyle, arm_styles
-from theodolite.reports.compare_transcoders import MEASURES, CoderRun, arm_value, arms_of
+from theodolite.reports.compare_transcoders import MEASURES, CoderRun, arms_of
 from theodolite.reports.figures import Theme, _own_style, _save
 from theodolite.reports.formatting import NOT_MEASURED
 from theodolite.reports.html_parts import arm_colours, arm_name, cell, data_uri, inline, section, swatch, table
@@ -31,23 +32,17 @@ def styles_of(runs: Sequence[CoderRun]) -> dict[str, ArmStyle]:
 def draw_prefixes(axes: Axes, runs: Sequence[CoderRun], theme: Theme) -> None:
     """FVU against the number of latents; a point per run, a line through the means."""
     sizes = sorted({end for run in runs for end in run.prefixes})
-    for arm, style in styles_of(runs).items():
-        mine = [run.prefixes for run in runs if run.arm == arm]
-        means = {end: spread([fvu.get(end) for fvu in mine]).mean for end in sizes}
-        known = {end: mean for end, mean in means.items() if mean is not None}
-        colour = style.light if theme == "light" else style.dark
-        axes.plot(list(known), list(known.values()), color=colour, linewidth=2.0, linestyle="--" if style.control else "-", zorder=3)
-        for fvu in mine:
-            axes.scatter(list(fvu), list(fvu.values()), s=22, color=colour, marker=style.marker, alpha=0.7, linewidths=0)
+    styles = styles_of(runs)
+    for place, (arm, style) in enumerate(styles.items(), 1):
+        points = [(end, value) for run in runs if run.arm == arm for end, value in run.prefixes.items()]
+        _means_and_points(axes, points, style, theme, len(styles) - place)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(sizes))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xticklabels([str(size) for size in sizes])
-    axes.set_ylim(bottom=0)
-    axes.set_title("Held-out FVU by prefix")
+    _fvu_axis(axes)
+    axes.set_title("Held-out FVU by prefix" + (", mean of layers" if len({run.layer for run in runs}) > 1 else ""))
     axes.set_xlabel("latents (prefix)")
-    axes.set_ylabel("FVU")
 
 
 def draw_training(axes: Axes, runs: Sequence[CoderRun], theme: Theme) -> None:
@@ -55,32 +50,51 @@ def draw_training(axes: Axes, runs: Sequence[CoderRun], theme: Theme) -> None:
     for arm, style in styles_of(runs).items():
         for run in runs:
             if run.arm == arm:
-                colour = style.light if theme == "light" else style.dark
-                axes.plot(list(run.curve), list(run.curve.values()), color=colour, linewidth=1.0, linestyle="--" if style.control else "-")
-    axes.set_yscale("log")
+                colour, dashes = _line_style(style, theme)
+                axes.plot(list(run.curve), list(run.curve.values()), color=colour, linewidth=1.0, linestyle=dashes)
+    _fvu_axis(axes)
     axes.set_title("FVU of training batches (all latents)")
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def draw_layers(axes: Axes, runs: Sequence[CoderRun], theme: Theme) -> None:
-    """Final FVU against layer."""
-    layers = sorted({run.layer for run in runs})
-    for arm, style in styles_of(runs).items():
-        colour = style.light if theme == "light" else style.dark
-        points = [(run.layer, run.values["fvu"]) for run in runs if run.arm == arm]
-        axes.scatter(*zip(*points, strict=True), s=40, color=colour, marker=style.marker, alpha=0.7, linewidths=0)
+    """FVU of all latents against layer; a point per run, a line through the means."""
+    layers, styles = sorted({run.layer for run in runs}), styles_of(runs)
+    for place, (arm, style) in enumerate(styles.items(), 1):
+        _means_and_points(axes, [(run.layer, run.values["fvu"]) for run in runs if run.arm == arm], style, theme, len(styles) - place)
     axes.xaxis.set_major_locator(FixedLocator(layers))
     axes.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
-    axes.set_ylim(bottom=0)
+    _fvu_axis(axes)
     axes.set_title("Held-out FVU by layer (all latents)")
     axes.set_xlabel("layer")
+
+
+def _means_and_points(axes: Axes, points: Sequence[tuple[int, float]], style: ArmStyle, theme: Theme, above: int) -> None:
+    """Points, and a line through their means: thicker the more lines are drawn ``above`` it, so that lines on one another all show."""
+    colour, dashes = _line_style(style, theme)
+    means = {x: sum(near) / len(near) for x in sorted({x for x, _ in points}) for near in [[y for other, y in points if other == x]]}
+    axes.plot(list(means), list(means.values()), color=colour, linewidth=min(4.6, 1.3 + 1.1 * above), linestyle=dashes, zorder=3)
+    axes.scatter(*zip(*points, strict=True), s=24, color=colour, marker=style.marker, alpha=0.7, linewidths=0, zorder=4)
+
+
+def _line_style(style: ArmStyle, theme: Theme) -> tuple[str, str]:
+    return style.light if theme == "light" else style.dark, "--" if style.control else "-"
+
+
+def _fvu_axis(axes: Axes) -> None:
+    """Logarithmic: small differences between good coders are what is looked for."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylabel("FVU")
 
 
 PANELS: dict[str, tuple[Callable[[Axes, Sequence[CoderRun], Theme], None], str]] = {
     "prefixes": (draw_prefixes, "Held-out FVU against the number of latents, one line per arm"),
     "training": (draw_training, "FVU of training batches against step, one line per run"),
-    "layers": (draw_layers, "Held-out FVU against layer, one point per run"),
+    "layers": (draw_layers, "Held-out FVU of all latents against layer, one line per arm"),
 }
 
 
@@ -134,16 +148,16 @@ def _models(runs: Sequence[CoderRun]) -> str:
 def _differences(summary: dict[str, Any]) -> str:
     names = {"fvu": "FVU", "fvu_mean": "mean FVU over prefixes", "ce_recovered": "share of cross-entropy recovered"}
     items = [_sentence(item, names[item["measure"]]) for item in summary["comparisons"] if item["mean"] is not None]
-    note = "Paired by seed, with 95 % t intervals, not corrected for their number; one that contains zero is unresolved."
+    note = "Paired by seed and layer, with 95 % t intervals, not corrected for their number; one that contains zero is unresolved."
     return f'<p class="small">{note}</p>\n<ul>{"".join(f"<li>{inline(item)}</li>" for item in items)}</ul>' if items else "<p>One arm.</p>"
 
 
 def _sentence(item: dict[str, Any], name: str) -> str:
     start = f"`{item['arm']}` against `{item['against']}`, {name}: {item['mean']:+.4f}"
     if item["low"] is None:
-        return f"{start} (one seed, no interval)."
+        return f"{start} (one pair, no interval)."
     verdict = "unresolved" if item["low"] <= 0 <= item["high"] else "higher" if item["mean"] > 0 else "lower"
-    return f"{start} [{item['low']:+.4f}, {item['high']:+.4f}], n={item['n']} seeds: {verdict}."
+    return f"{start} [{item['low']:+.4f}, {item['high']:+.4f}], n={item['n']} pairs: {verdict}."
 
 
 def _figures(runs: Sequence[CoderRun], styles: dict[str, ArmStyle]) -> str:
@@ -169,35 +183,36 @@ def _svg(runs: Sequence[CoderRun], draw: Callable[[Axes, Sequence[CoderRun], The
 
 def _prefix_table(runs: Sequence[CoderRun], styles: dict[str, ArmStyle]) -> str:
     ends = sorted({end for run in runs for end in run.prefixes})
-    rows = [
-        f"<tr>{_head(runs, arm, style)}{''.join(_value(arm_value(runs, arm, f'fvu_{end}')) for end in ends)}</tr>"
-        for arm, style in styles.items()
-    ]
-    return table(["Arm", *(f"{end} latents" for end in ends)], rows)
+    return table(["Arm", *(f"{end} latents" for end in ends)], _rows(runs, styles, [f"fvu_{end}" for end in ends]))
 
 
 def _numbers(runs: Sequence[CoderRun], styles: dict[str, ArmStyle]) -> str:
-    rows = [
-        f"<tr>{_head(runs, arm, style)}{''.join(_value(arm_value(runs, arm, name)) for name in MEASURES)}</tr>"
-        for arm, style in styles.items()
-    ]
     stand_in = [run.directory.name for run in runs if run.stage != "test"]
     remark = f"<p>Validation numbers stand in for: {inline(', '.join(stand_in))}.</p>" if stand_in else ""
     note = "Mean ± sample standard deviation over seeds. FVU: 0 is perfect, 1 is the mean. CE recovered: 1 is lossless, 0 is no MLP at all."
-    return f'<p class="small">{note}</p>{table(["Arm", *MEASURES.values()], rows)}{remark}'
+    return f'<p class="small">{note}</p>{table(["Arm", *MEASURES.values()], _rows(runs, styles, list(MEASURES)))}{remark}'
 
 
-def _head(runs: Sequence[CoderRun], arm: str, style: ArmStyle) -> str:
-    sites = dict.fromkeys(f"{run.input_site} → {run.target_site}" for run in runs if run.arm == arm)
-    seeds = sum(run.arm == arm for run in runs)
-    small = "".join(f"<small>{escape(site)}</small>" for site in [*sites, f"n={seeds}"])
-    return f'<th scope="row">{arm_name(arm, style)}{small}</th>'
+def _rows(runs: Sequence[CoderRun], styles: dict[str, ArmStyle], names: Sequence[str]) -> list[str]:
+    """A row for every arm and pair of sites: a mean over layers would mean nothing."""
+    rows: list[str] = []
+    for arm, style in styles.items():
+        for sites in dict.fromkeys(run.sites for run in runs if run.arm == arm):
+            chosen = [run for run in runs if (run.arm, run.sites) == (arm, sites)]
+            small = "".join(f"<small>{escape(line)}</small>" for line in (" → ".join(sites), f"n={len(chosen)}"))
+            values = "".join(_value(spread([run.values.get(name) for run in chosen])) for name in names)
+            rows.append(f'<tr><th scope="row">{arm_name(arm, style)}{small}</th>{values}</tr>')
+    return rows
 
 
 def _value(value: Spread) -> str:
+    """Mean and deviation with as many decimals as the deviation has something to say about, at most four."""
     if value.mean is None:
         return cell(NOT_MEASURED)
-    return cell(f"{value.mean:.4g}" + ("" if value.sd is None else f" ± {value.sd:.2g}"))
+    if not value.sd:
+        return cell(f"{value.mean:.4g}" + (" ± 0" if value.sd == 0 else ""))
+    decimals = min(4, max(0, 1 - floor(log10(value.sd))))
+    return cell(f"{value.mean:.{decimals}f} ± {value.sd:.{decimals}f}")
 
 
 def _commands(runs: Sequence[CoderRun]) -> str:
