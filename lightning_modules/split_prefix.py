@@ -109,7 +109,7 @@ class SplitPrefix:
             ids[row, : len(sequence.completion_ids)] = torch.tensor(sequence.completion_ids, dtype=torch.long)
             mask[row, : len(sequence.completion_ids)] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
-        states = self._leaves[0][index, None]
+        states = self._leaves[0].index_select(0, index)[:, None]
         if length > 1:
             states = torch.cat([states, self._completion_states(index, ids[:, :-1], mask)], dim=1)
         wanted = mask.bool()
@@ -120,7 +120,7 @@ class SplitPrefix:
     def _completion_states(self, index: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(zip(self._leaves[1::2], self._leaves[2::2], strict=True)):
-            cache.update(keys[index], values[index], layer)
+            cache.update(keys.index_select(0, index), values.index_select(0, index), layer)
         attention = self.attention[index]
         starts = attention.sum(dim=1, keepdim=True)
         # padding repeats its row's last position: a learned position table may not reach further

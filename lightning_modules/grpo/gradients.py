@@ -91,7 +91,8 @@ class PolicyGradientModule(PolicyModule):
     def microbatches(self, window: Window, repeats: Tensor) -> list[list[int]]:
         """Indices of this rank's rollouts that carry a gradient, part by part, sorted by length and cut into microbatches.
 
-        Without a KL term a rollout with advantage 0 contributes exactly nothing and is left out (the denominators still count it).
+        Where prompts are computed once per window, rollouts come run of prompts by run of prompts: no prompt is computed twice. Without a
+        KL term a rollout with advantage 0 contributes exactly nothing and is left out (the denominators still count it).
         """
         kept = self.kept(window)
         silent = self.linear_loss and self.beta_in_loss == 0
@@ -100,7 +101,19 @@ class PolicyGradientModule(PolicyModule):
             if rollout.tokens.completion_ids and repeats[i] > 0 and kept[i] and not (silent and not bool(window.advantages[i].any())):
                 by_part.setdefault(part_of(window, i), []).append(i)
         lengths = [len(rollout.tokens.completion_ids) for rollout in window.rollouts]
-        return [m for part in sorted(by_part) for m in cut(by_part[part], lengths, self._most_rows(), self.token_budget)]
+        runs = [run for part in sorted(by_part) for run in self._prompt_runs(window, by_part[part])]
+        return [m for run in runs for m in cut(run, lengths, self._most_rows(), self.token_budget)]
+
+    def _prompt_runs(self, window: Window, indices: Sequence[int]) -> list[list[int]]:
+        """The indices, by the run in which their prompts are computed; longest prompts first, which leaves little padding."""
+        if self.backbone is None:
+            return [list(indices)]
+        prompts = {i: window.rollouts[i].tokens.prompt_ids for i in indices}
+        distinct = list(dict.fromkeys(prompts.values()))
+        most = self._most_prompt_tokens([rollout.tokens.prompt_ids for rollout in window.rollouts])
+        runs = cut(range(len(distinct)), [len(prompt) for prompt in distinct], None, most)
+        number = {distinct[k]: run for run, members in enumerate(runs) for k in members}
+        return [[i for i in indices if number[prompts[i]] == run] for run in range(len(runs))]
 
     def _most_rows(self) -> int | None:
         """The configured microbatch, or what fitted after memory ran out."""
