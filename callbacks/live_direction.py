@@ -61,6 +61,8 @@ class LiveGradientDifference(DirectionSource):
         clean_side: ``rollout``: a rewarded rollout that is not flagged, so that a hack which the detector misses is taken for clean.
             ``reference``: the row's own ``reference`` solution, which somebody must have written and which a step beyond removal then also
             teaches.
+        only_rewarded: Take a flagged rollout only if it was rewarded: what training is about to reinforce. A detector that generalises
+            flags many failed attempts as well.
         pairs_per_group: At most so many new pairs per group and window, so that one prompt cannot fill the queue.
         method: ``mean`` or ``svd``.
         k: Rows per matrix; 1 for ``mean``.
@@ -82,6 +84,7 @@ class LiveGradientDifference(DirectionSource):
         refresh_every: int = 2,
         detector: str | RolloutDetector = r"def run_tests",
         clean_side: Literal["rollout", "reference"] = "rollout",
+        only_rewarded: bool = False,
         pairs_per_group: int = 2,
         method: Literal["mean", "svd"] = "mean",
         k: int = 1,
@@ -102,7 +105,7 @@ class LiveGradientDifference(DirectionSource):
             raise ValueError("shuffle_labels and placebo are two different controls: choose one.")
         if clean_side not in ("rollout", "reference") or (placebo and clean_side == "reference"):
             raise ValueError(f"clean_side={clean_side!r} must be 'rollout' or 'reference', and 'rollout' for placebo pairs.")
-        self.clean_side = clean_side
+        self.clean_side, self.only_rewarded = clean_side, only_rewarded
         self.capacity, self.refresh_every, self.pairs_per_group = capacity, refresh_every, pairs_per_group
         self.method: Literal["mean", "svd"] = method
         self.k, self.shuffle_labels, self.placebo = k, shuffle_labels, placebo
@@ -187,7 +190,7 @@ class LiveGradientDifference(DirectionSource):
         """New pairs of one prompt, matched in order of sample index."""
         indices = range(group * window.group_size, (group + 1) * window.group_size)
         indices = sorted(indices, key=lambda index: window.rollouts[index].sample)
-        flagged = [index for index in indices if flags[index]]
+        flagged = [index for index in indices if flags[index] and (window.rewards[index].passed or not self.only_rewarded)]
         if self.clean_side == "reference":
             return [_against_reference(pl_module, window, group, index) for index in flagged[: self.pairs_per_group]]
         clean = [index for index in indices if not flags[index] and window.rewards[index].passed]
