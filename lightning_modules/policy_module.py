@@ -32,6 +32,10 @@ from .scoring import completion_log_probs, completion_states, pad_sequences, sha
 from .tokenizer import train_tokenizer
 
 
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
 class PolicyModule(AdapterCheckpoints, ManualModule):
     """A causal language model that can be evaluated as an answerer of problems.
 
@@ -147,6 +151,10 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
         self._reference: list[Any] = []  # in a list so that it is no submodule: never trained, moved or saved with the policy
         self._evaluation = HeldOutEvaluation(self)
         self.seconds: dict[str, float] = {}
+
+    def setup(self, stage: str) -> None:
+        """Let no precision plugin walk into the rows of a batch: they hold no tensors, and frozen ones make it fail."""
+        cast(Any, self.trainer).precision_plugin.convert_input = _as_is
 
     def configure_model(self) -> None:
         """Build tokenizer and model once; Lightning calls this before fit, validate and test."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 
 from theodolite.distributed import gather_objects
 from theodolite.functional.advantages import has_signal, overlong_penalty, weighted_reward
-from theodolite.protocols import Grade, Rollout, TokenSequence, Verdict, Window
+from theodolite.protocols import Grade, PromptReserve, Rollout, TokenSequence, Verdict, Window
 
 from .gradients import Anchors, PolicyGradientModule
 from .window import cut
@@ -92,38 +92,44 @@ class CollectionModule(PolicyGradientModule):
         return outcome, anchors
 
     def _refill(self, window: Window, grades: list[Grade]) -> tuple[list[Grade], bool]:
-        """Sample the prompts of groups without signal again, a bounded number of times; every rank takes part in every round.
+        """Give the slots of groups without signal to further prompts, a bounded number of times; every rank takes part in every round.
 
-        A group that stays without signal keeps its first completions. ``window.metrics`` counts rounds, groups that were sampled again
-        and the reward of everything that was sampled, kept or not.
+        Which prompts, and which slot each of them is for, follows from the dead slots of *all* ranks. A further prompt whose group has no
+        signal either is dropped, a slot for which none was found keeps its first completions, and so do all where the data hold no other
+        prompt. ``window.metrics`` counts slots refilled per prompt tried, and the reward of everything that was sampled, kept or not.
         """
-        grades, size, any_refilled = list(grades), self.group_size, False
+        grades, size, won, tried = list(grades), self.group_size, 0, 0
         drawn = [grade.reward.value for grade in grades]
-        tried = won = 0
+        reserve = self._further_rows(window)
         for attempt in range(1, self.refill_attempts + 1):
-            dead = (~has_signal(window.values, size)).nonzero().flatten().tolist()
-            if not any(gather_objects(len(dead))):
+            dead = {self.slot(g): g for g in (~has_signal(window.values, size)).nonzero().flatten().tolist()}
+            dead_anywhere = sorted(slot for slots in gather_objects(list(dead)) for slot in slots)
+            rows = dict(zip(dead_anywhere, reserve, strict=False))
+            if not rows:
                 break
-            rows = [window.rows[g] for g in dead]
-            rollouts = self._draw(rows, window.step, "refill", attempt)
-            fresh, _ = self._grade(rows, rollouts, window.step)
+            mine = [slot for slot in dead if slot in rows]
+            rollouts = self._draw([rows[slot] for slot in mine], window.step, "refill", attempt)
+            fresh, _ = self._grade([rows[slot] for slot in mine], rollouts, window.step)
             drawn += [grade.reward.value for grade in fresh]
-            values = torch.tensor([grade.reward.value for grade in fresh], dtype=torch.float64)
-            for k, g in enumerate(dead):
-                tried += 1
-                if not bool(has_signal(values[k * size : (k + 1) * size], size)[0]):
-                    continue
-                won, any_refilled = won + 1, True
-                for j in range(size):
-                    window.rollouts[g * size + j] = rollouts[k * size + j]
-                    window.rollouts[g * size + j].slot = self.slot(g)
-                    grades[g * size + j] = fresh[k * size + j]
-                    window.rewards[g * size + j] = fresh[k * size + j].reward
-                    window.values[g * size + j] = values[k * size + j]
+            alive = has_signal(torch.tensor([grade.reward.value for grade in fresh], dtype=torch.float64), size).tolist()
+            for k, slot in enumerate(mine):
+                if alive[k]:
+                    part = slice(k * size, (k + 1) * size)
+                    _put_group(window, grades, dead[slot], slot, rows[slot], rollouts[part], fresh[part])
+            won, tried = won + sum(alive), tried + len(mine)
         scored = [value for value in drawn if value == value]
         window.metrics["refill_accepted"] = (won, tried)
         window.metrics["reward_mean_before_refill"] = (sum(scored), len(scored))
-        return grades, any_refilled
+        return grades, won > 0
+
+    def _further_rows(self, window: Window) -> Iterator[Any]:
+        """Training rows that no rank's window holds, each once, in an order that is the same on every rank."""
+        loader = cast(Any, self.trainer).train_dataloader
+        held = {row_id for ids in gather_objects([row.id for row in window.rows]) for row_id in ids}
+        for index in cast(PromptReserve, loader.sampler).further(window.step):
+            (row,) = loader.dataset[[index]]
+            if row.id not in held:
+                yield row
 
     def shape_rewards(self, window: Window) -> None:
         """What the objective does to rewards before advantages: component weights, exclusion, overlong penalty, KL in the reward.
@@ -158,6 +164,17 @@ class CollectionModule(PolicyGradientModule):
         total = float(found.sum())
         window.metrics["kl"] = (total, float(sum(lengths)))
         return found
+
+
+def _put_group(
+    window: Window, grades: list[Grade], g: int, slot: int, row: Any, rollouts: Sequence[Rollout], fresh: Sequence[Grade]
+) -> None:
+    """Group ``g`` of the window becomes another prompt's."""
+    window.rows[g] = row
+    for j, (rollout, grade) in enumerate(zip(rollouts, fresh, strict=True)):
+        i, rollout.slot = g * window.group_size + j, slot
+        window.rollouts[i], grades[i], window.rewards[i] = rollout, grade, grade.reward
+        window.values[i] = grade.reward.value
 
 
 def beside(work: Callable[[], T], meanwhile: Callable[[], Any] | None, timeout_s: float | None) -> tuple[T | BaseException, Any]:

@@ -29,26 +29,19 @@ from torch import Tensor
 from theodolite.batch_arithmetic import BatchArithmetic, split_batch
 from theodolite.distributed import gather_objects
 from theodolite.functional.advantages import gdpo_advantages, group_advantages
-from theodolite.functional.importance import MISMATCH_MODES
 from theodolite.protocols import Window
 
 from ..split_prefix import take_apart
+from .balance import Share, balance
 from .collection import CollectionModule
 from .hooks import oracle_users, wants_parts
 from .losses import build_loss
 from .reporting import log_window, rollout_sums, write_table
 from .self_check import check_gradient_path
+from .settings import check_reserve, check_settings
 from .window import REPLAYED, foreign
 
 Sums = dict[str, tuple[float, float]]
-CHOICES: dict[str, tuple[str, ...]] = {
-    "aggregation": ("dapo", "dr_grpo", "grpo", "seq_mean_token_sum"),
-    "advantage_scale": ("none", "group", "batch", "rloo"),
-    "kl_estimator": ("k1_reward", "k2", "k3", "k3_is"),
-    "truncated": ("keep", "mask", "exclude"),
-    "zero_variance": ("skip", "drop", "refill"),
-    "reward_mix": ("sum", "gdpo"),
-}
 
 
 class GRPOModule(CollectionModule):
@@ -73,14 +66,18 @@ class GRPOModule(CollectionModule):
         truncated: Completions without an end token: ``keep``, ``mask`` (no loss, not in the denominators, but in the group's mean) or
             ``exclude`` (not in the group's mean either).
         zero_variance: Groups whose rewards are all equal: ``skip`` (nothing to compute, but in the denominators), ``drop`` (not in the
-            denominators, no KL term either) or ``refill`` (sample their prompts again).
-        refill_attempts: Most rounds of sampling again per window.
+            denominators, no KL term either) or ``refill`` (their slots go to further training prompts, which the sampler names by step).
+        refill_attempts: Most rounds of further prompts per window; a slot that stays without signal keeps its own.
         mismatch: ``mode`` (token_tis, token_mis, sequence_tis, sequence_mis, geometric_mis), ``low`` and ``high``: correct for a sampler
             whose probabilities are not the trainer's; null = only measure.
+        truncated_sampling: What to do where ``top_p`` or ``top_k`` cut what is sampled: ``refuse``, or take ratios and gradients of the
+            ``untruncated`` distribution nevertheless, as most published setups do; it is another than the one that was sampled from.
         reuse_sampler_log_probs: With several updates per window, take ratios against the sampler's log-probabilities: one pass less.
         token_budget: Most completion tokens (rows times longest) per microbatch, and most prompt tokens computed at once; null = no bound.
         split_backward: Compute every distinct prompt once per window and back-propagate through it once, and the head on loss positions
             only. The fastest path; an architecture for which it is not exact takes the next one, which is said at start.
+        balance_ranks: On several ranks, deal groups out again before gradients are computed, so that all ranks have about as many tokens.
+            The gradient stays the same; hooks on gradients see the groups that their rank computes.
         overlap_grading: Compute old and reference log-probabilities while completions are graded (in a thread).
         grading_timeout_s: Stop the run, on all ranks, when grading one window takes longer; null = wait.
         table_every: Windows between two tables of all rollouts in ``completions/`` (and W&B, where it logs); 0 = none.
@@ -105,9 +102,11 @@ class GRPOModule(CollectionModule):
         zero_variance: str = "skip",
         refill_attempts: int = 3,
         mismatch: dict[str, Any] | None = None,
+        truncated_sampling: str = "refuse",
         reuse_sampler_log_probs: bool = False,
         token_budget: int | None = None,
         split_backward: bool = False,
+        balance_ranks: bool = True,
         overlap_grading: bool = False,
         grading_timeout_s: float | None = None,
         table_every: int = 50,
@@ -122,46 +121,11 @@ class GRPOModule(CollectionModule):
         self.truncated, self.zero_variance, self.refill_attempts = truncated, zero_variance, refill_attempts
         self.reuse_sampler_log_probs, self.token_budget, self.split_backward = reuse_sampler_log_probs, token_budget, split_backward
         self.overlap_grading, self.grading_timeout_s, self.table_every = overlap_grading, grading_timeout_s, table_every
-        self._check_settings(mismatch)
+        self.balance_ranks, self.truncated_sampling = balance_ranks, truncated_sampling
+        check_settings(self, mismatch)
         self.mismatch = None if mismatch is None else (mismatch["mode"], float(mismatch.get("low", 0.0)), float(mismatch["high"]))
         self.batch_arithmetic: BatchArithmetic | None = None
-        self._reference = []  # in a list so that it is no submodule: never trained, moved or saved with the policy
         self._checked = False
-
-    def _check_settings(self, mismatch: dict[str, Any] | None) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"model.{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
-        smallest = {
-            "group_size": 2,
-            "updates_per_window": 1,
-            "refill_attempts": 1,
-            "table_every": 0,
-            "token_budget": 1,
-            "overlong_buffer": 0,
-        }
-        for name, least in smallest.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                why = "; a group-relative advantage needs at least 2 completions per prompt" if name == "group_size" else ""
-                raise ValueError(f"model.{name} is {value}; it must be at least {least}{why}.")
-        if self.beta < 0:
-            raise ValueError(f"model.beta is {self.beta}; a negative KL coefficient would push away from the reference, use 0 or more.")
-        if self.overlong_buffer > self.sampling.max_new_tokens:
-            raise ValueError(f"model.overlong_buffer is {self.overlong_buffer}; it must not exceed max_new_tokens.")
-        if self.reward_mix == "gdpo" and not self.reward_weights:
-            raise ValueError("model.reward_mix=gdpo needs model.reward_weights: which components there are, and what each counts.")
-        if mismatch is not None:
-            self._check_mismatch(mismatch)
-
-    def _check_mismatch(self, mismatch: dict[str, Any]) -> None:
-        if set(mismatch) - {"mode", "low", "high"} or mismatch.get("mode") not in MISMATCH_MODES or "high" not in mismatch:
-            raise ValueError(f"model.mismatch is {mismatch}; give mode (one of {', '.join(MISMATCH_MODES)}), high and perhaps low.")
-        if self.sampling.top_p < 1 or self.sampling.top_k:
-            raise ValueError(
-                "model.mismatch corrects towards untruncated probabilities, but top_p or top_k truncate what is sampled, so every weight "
-                "would be off by the mass they cut; set top_p to 1 and top_k to 0, or mismatch to null."
-            )
 
     # ------------------------------------------------------------------ start
 
@@ -187,8 +151,14 @@ class GRPOModule(CollectionModule):
             rank_zero_info(f"uses_oracle: {', '.join(users)} may see the oracle's labels in this run.")
 
     def on_train_start(self) -> None:
-        """Switch dropout off for good: between sampling, old, new and reference log-probabilities it would be noise in every ratio."""
+        """Switch dropout off for good: between sampling, old, new and reference log-probabilities it would be noise in every ratio.
+
+        Raises:
+            TypeError: Groups without signal are to be refilled, and the data know no further prompts.
+        """
         self.causal_lm.eval()
+        if self.zero_variance == "refill":
+            check_reserve(getattr(cast(Any, self.trainer).train_dataloader, "sampler", None))
 
     def _split_if_exact(self) -> None:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
@@ -219,21 +189,23 @@ class GRPOModule(CollectionModule):
         self._hook("on_advantages", window, verdicts)
         totals = self.totals(window)
         repeats = self.merge_repeats(window)
-        microbatches = self.microbatches(window, repeats)
-        if anchors is None or any(map(foreign, window.rollouts)):
-            with self.timed("scoring"):
-                anchors = self.anchor_log_probs(window, microbatches)
+        stale = any(gather_objects(anchors is None or any(map(foreign, window.rollouts))))
+        share = self._share(Share(window, verdicts, repeats, None if stale else anchors))
+        microbatches = self.microbatches(share.window, share.repeats)
+        with self.timed("scoring"):
+            anchors = share.anchors or self.anchor_log_probs(share.window, microbatches)
         sums: list[Sums] = [rollout_sums(window, verdicts), window.metrics]
         optimizer = cast(LightningOptimizer, self.optimizers())
         lr = float(optimizer.param_groups[0]["lr"])
         by_part = wants_parts(cast(Any, self.trainer).callbacks)
         for update in range(self.updates_per_window):
             if update:
-                microbatches = self.microbatches(window, repeats)  # smaller ones, where memory ran out
+                microbatches = self.microbatches(share.window, share.repeats)  # smaller ones, where memory ran out
             optimizer.zero_grad()
-            self._check_path_once(window, microbatches)
+            self._check_path_once(share.window, microbatches)
             with self.timed("gradients"):
-                sums.append(self.window_gradient(window, microbatches, totals, repeats, anchors, verdicts, by_part))
+                own = (totals, share.repeats, anchors, share.verdicts)
+                sums.append(self.window_gradient(share.window, microbatches, *own, by_part))
             with self.timed("update"):
                 optimizer.step()
                 cast(Any, self.lr_schedulers()).step()
@@ -242,7 +214,16 @@ class GRPOModule(CollectionModule):
                     callback.on_after_optimizer_step(self.trainer, self, optimizer.optimizer)
         if self.table_every and (window.step // self.updates_per_window) % self.table_every == 0:
             write_table(self, window, verdicts)
-        log_window(self, sums, lr)
+        log_window(self, sums, lr, share.loads)
+
+    def _share(self, own: Share) -> Share:
+        """What this rank computes the gradient of: what it sampled, or its part of all ranks' groups."""
+        if not self.balance_ranks:
+            return own
+        active = [i for m in self.microbatches(own.window, own.repeats) for i in m]
+        slots = [self.slot(g) for g in range(len(own.window.rows))]
+        with self.timed("balance"):
+            return balance(own, active, slots, self.global_rank, self.device)
 
     def _check_path_once(self, window: Window, microbatches: list[list[int]]) -> None:
         """On the run's first window with a gradient, compare the path in use with the padded one."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from theodolite.distributed import gather_objects
+from theodolite.distributed import gather_objects, world_size
 from theodolite.functional.advantages import has_signal
 from theodolite.protocols import Grade, Verdict, Window
 
@@ -59,8 +59,15 @@ def _sources(window: Window) -> Sums:
     return found
 
 
-def log_window(module: Any, sums: Sequence[Sums], lr: float) -> None:
-    """Log a window's numbers over all ranks. Clock readings start with ``time/``: they are no function of config and seed."""
+def log_window(module: Any, sums: Sequence[Sums], lr: float, loads: tuple[float, float]) -> None:
+    """Log a window's numbers over all ranks. What starts with ``time/`` is no function of config and seed alone: clocks, and ``loads``.
+
+    Args:
+        module: The policy module.
+        sums: (sum, count) pairs of this rank, in several dictionaries.
+        lr: Learning rate of the window's first update.
+        loads: Tokens of the heaviest rank over the mean of all, as sampled and as dealt out for the gradient.
+    """
     totals = add_sums([part for parts in gather_objects(list(sums)) for part in parts])
     loss, _ = totals.pop("loss", (0.0, 0.0))
     metrics = {f"train/{name}": total / count if count else float("nan") for name, (total, count) in totals.items()}
@@ -73,6 +80,8 @@ def log_window(module: Any, sums: Sequence[Sums], lr: float) -> None:
     for name, phases in (("rollout", ("rollouts",)), ("gradient", ("gradients",)), ("window", tuple(timings))):
         spent = sum(timings.get(phase, 0.0) for phase in phases if phase != "hooks")
         metrics[f"time/{name}_tokens_per_s"] = tokens / spent if spent > 0 else 0.0
+    if world_size() > 1:
+        metrics |= {"time/rank_load_sampled": loads[0], "time/rank_load_computed": loads[1]}
     module.log_dict(metrics, rank_zero_only=False, sync_dist=False)
     shown = {"reward": metrics["train/reward_mean"], "hack": metrics["train/hack_rate"], "pass": metrics["train/pass_rate"]}
     module.log_dict(shown, prog_bar=True, logger=False)
@@ -82,7 +91,7 @@ def write_table(module: Any, window: Window, verdicts: Sequence[Verdict]) -> Non
     """Write every rank's rollouts of a window to ``completions/step_XXXXXX.parquet`` and to loggers that take tables.
 
     Columns are those of an evaluation's table and what training needs to replay a rollout: token ids, sampler log-probabilities, weight
-    version, source, the value after shaping and the advantage.
+    version, source, the value after shaping, the advantage, and what callbacks measured (``feature/...``).
     """
     rows: list[dict[str, Any]] = []
     for i, rollout in enumerate(window.rollouts):
@@ -99,6 +108,7 @@ def write_table(module: Any, window: Window, verdicts: Sequence[Verdict]) -> Non
             | {"prompt_ids": list(rollout.tokens.prompt_ids), "completion_ids": list(rollout.tokens.completion_ids)}
             | {"sampler_log_probs": list(rollout.sampler_log_probs)}
             | {f"reward/{name}": value for name, value in rollout_parts(window, i).items()}
+            | {f"feature/{name}": float(values[i]) for name, values in sorted(window.features.items())}
         )
     gathered = [row for part in gather_objects(rows) for row in part]
     if module.global_rank != 0 or module.trainer.fast_dev_run:

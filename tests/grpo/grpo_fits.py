@@ -32,11 +32,25 @@ class PlainDescent(GRPOModule):
 
 
 def fit(
-    path: Path, *callbacks: Any, steps: int = 1, data: Any = None, logger: Any = False, ckpt_path: Any = None, **settings: Any
+    path: Path,
+    *callbacks: Any,
+    steps: int = 1,
+    data: Any = None,
+    logger: Any = False,
+    ckpt_path: Any = None,
+    precision: Any = "32-true",
+    **settings: Any,
 ) -> tuple[GRPOModule, Trainer]:
     module = PlainDescent(**(TINY | {"lr": 1e-2, "export": False, "seed": 3, "table_every": 0} | settings))
     quiet: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "logger": logger}
-    limits = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0, "default_root_dir": path, "log_every_n_steps": 1}
+    limits = {
+        "max_steps": steps,
+        "max_epochs": -1,
+        "limit_val_batches": 0,
+        "default_root_dir": path,
+        "log_every_n_steps": 1,
+        "precision": precision,
+    }
     trainer = Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **quiet, **limits)  # pyright: ignore[reportArgumentType]
     trainer.fit(module, datamodule=data or TinyPrompts(), ckpt_path=ckpt_path)
     return module, trainer

@@ -40,12 +40,13 @@ def test_out_of_memory_halves_the_microbatch_and_the_gradients_stay(
     tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     plain, cramped = Gradients(), Gradients()
-    fit(tmp_path, plain, max_grad_norm=0.0, steps=2, **settings)
+    double: dict[str, Any] = {"max_grad_norm": 0.0, "steps": 2, "precision": "64-true"}  # float32 sums of another order differ by more
+    fit(tmp_path, plain, **double, **settings)
     monkeypatch.setattr("grpo_fits.PlainDescent", Cramped)
-    module, _ = fit(tmp_path, cramped, max_grad_norm=0.0, steps=2, **settings)
+    module, _ = fit(tmp_path, cramped, **double, **settings)
     assert isinstance(module, Cramped)
     for one, other in zip(cramped.seen, plain.seen, strict=True):
-        assert deviation(one, other) < 1e-5
+        assert deviation(one, other) < 1e-6
     assert "microbatches are halved" in caplog.text
     first_fit = module.tried.index(next(n for n in module.tried if n <= 4))
     assert max(module.tried[first_fit:]) <= 4, "what did not fit once is not tried again"

@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from grpo_fits import PlainDescent, fit
 from tiny_policies import Row, TextGrader, TinyPrompts
 
+from theodolite.datamodules.samplers import DistributedBatchSampler
 from theodolite.functional.advantages import gdpo_advantages
+from theodolite.lightning_modules.grpo.settings import check_reserve
 from theodolite.protocols import Grade, Reward, Verdict, Window
 from theodolite.seeds import derive_seed
 
@@ -71,60 +73,103 @@ def test_truncated_completions_leave_loss_and_denominators_and_on_request_the_gr
 
 
 class Uneven(TextGrader):
-    """Some problems earn the same whatever is written, until grading was asked for often enough."""
+    """Some problems earn the same whatever is written."""
 
-    def __init__(self, dead: Sequence[str], until: int) -> None:
+    def __init__(self, dead: Sequence[str]) -> None:
         super().__init__()
-        self.dead, self.until, self.calls = set(dead), until, 0
-        self.asked: list[list[str]] = []
-
-    def grade(self, rows: Sequence[Row], completions: Sequence[str]) -> list[Grade]:
-        self.calls += 1
-        self.asked.append([row.id for row in rows])
-        return super().grade(rows, completions)
+        self.dead = set(dead)
 
     def one(self, row: Row, text: str) -> Grade:
-        value = 0.5 if row.id in self.dead and self.calls < self.until else derive_seed(row.id, text.encode().hex()) % 5 / 4
+        value = 0.5 if row.id in self.dead else derive_seed(row.id, text.encode().hex()) % 5 / 4
         return Grade(Reward(value, value > 0.5, True), Verdict(False, "incorrect", "ok", False))
 
 
-def uneven(until: int = 99) -> tuple[TinyPrompts, Uneven]:
-    data, grader = TinyPrompts(rows=4), Uneven(("train0", "train1"), until)
-    data.environment = grader
-    return data, grader
+def uneven() -> TinyPrompts:
+    data = TinyPrompts(rows=4)
+    data.environment = Uneven(("train0", "train1"))
+    return data
 
 
 def test_groups_without_signal_are_skipped_but_counted_or_dropped_and_not_counted(tmp_path: Path) -> None:
-    skipped, _, logged = seen(tmp_path, data=uneven()[0])
+    skipped, _, logged = seen(tmp_path, data=uneven())
     dead = [i for i, rollout in enumerate(skipped.window.rollouts) if rollout.problem in ("train0", "train1")]
     assert len(dead) == 8
     assert logged["train/groups_with_signal"] == 0.5
     assert not set(dead) & set(skipped.active)
     assert skipped.totals.rollouts == 16
-    dropped, _, _ = seen(tmp_path, data=uneven()[0], zero_variance="drop")
+    dropped, _, _ = seen(tmp_path, data=uneven(), zero_variance="drop")
     assert dropped.totals.rollouts == 8
     assert dropped.totals.tokens == sum(n for i, n in enumerate(lengths(dropped.window)) if i not in dead)
-    pulled, _, _ = seen(tmp_path, data=uneven()[0], beta=0.1)
+    pulled, _, _ = seen(tmp_path, data=uneven(), beta=0.1)
     assert set(dead) & set(pulled.active), "with a KL term a group without signal still pulls towards the reference"
-    free, _, _ = seen(tmp_path, data=uneven()[0], beta=0.1, zero_variance="drop")
+    free, _, _ = seen(tmp_path, data=uneven(), beta=0.1, zero_variance="drop")
     assert not set(dead) & set(free.active)
 
 
-def test_refilling_samples_only_dead_groups_again_a_bounded_number_of_times_and_reports_both(tmp_path: Path) -> None:
-    data, grader = uneven(until=3)
-    found, _, logged = seen(tmp_path, data=data, zero_variance="refill", refill_attempts=5)
-    calls = grader.asked
-    assert len(calls) == 3, "graded, still dead, then refilled"
-    assert {row for call in calls[1:] for row in call} == {"train0", "train1"}
-    assert logged["train/groups_with_signal"] == 1.0
-    assert logged["train/refill_accepted"] == 0.5
-    assert [rollout.slot for rollout in found.window.rollouts] == [i // 4 for i in range(16)]
+class Half(TextGrader):
+    """Problems with an odd number never teach anything; ``hopeless`` ones neither."""
+
+    def __init__(self, hopeless: bool = False) -> None:
+        super().__init__()
+        self.hopeless = hopeless
+        self.asked: list[list[str]] = []
+
+    def grade(self, rows: Sequence[Row], completions: Sequence[str]) -> list[Grade]:
+        self.asked.append([row.id for row in rows[::4]])
+        return super().grade(rows, completions)
+
+    def one(self, row: Row, text: str) -> Grade:
+        dead = self.hopeless or int(row.id.removeprefix("train")) % 2
+        value = 0.5 if dead else derive_seed(row.id, text.encode().hex()) % 1000 / 1000
+        return Grade(Reward(value, value > 0.5, True), Verdict(False, "incorrect", "ok", False))
+
+
+def half(rows: int = 20, hopeless: bool = False) -> tuple[TinyPrompts, Half]:
+    data, grader = TinyPrompts(rows=rows), Half(hopeless)
+    data.environment = grader
+    return data, grader
+
+
+def refilled_by_hand(first: list[str], further: list[int], attempts: int) -> tuple[list[str], list[list[str]]]:
+    """The prompt in each slot at the end, and those that every round tries."""
+    slots, reserve, rounds = list(first), [f"train{i}" for i in further if f"train{i}" not in first], []
+    for _ in range(attempts):
+        dead = [k for k, row in enumerate(slots) if int(row[5:]) % 2]
+        tried, reserve = reserve[: len(dead)], reserve[len(dead) :]
+        if not tried:
+            break
+        rounds.append(tried)
+        for k, row in zip(dead, tried, strict=False):
+            slots[k] = slots[k] if int(row[5:]) % 2 else row
+    return slots, rounds
+
+
+@pytest.mark.parametrize(("rows", "attempts"), [(20, 4), (20, 1), (6, 5)])
+def test_dead_groups_slots_go_to_further_prompts_until_they_teach_or_rounds_or_data_end(tmp_path: Path, rows: int, attempts: int) -> None:
+    data, grader = half(rows)
+    found, _, logged = seen(tmp_path, data=data, zero_variance="refill", refill_attempts=attempts)
+    first, rounds = grader.asked[0], grader.asked[1:]
+    slots, tried = refilled_by_hand(first, DistributedBatchSampler(rows, 4).further(0), attempts)
+    assert rounds == tried
+    assert len({row for call in grader.asked for row in call}) == sum(map(len, grader.asked)), "no prompt is tried twice"
+    assert [row.id for row in found.window.rows] == slots
+    assert [(r.problem, r.slot, r.sample) for r in found.window.rollouts] == [(slots[i // 4], i // 4, i % 4) for i in range(16)]
+    assert [float(v) for v in found.window.values] == [reward.value for reward in found.window.rewards]
+    alive = [not int(row[5:]) % 2 for row in slots]
+    assert logged["train/groups_with_signal"] == sum(alive) / 4
+    accepted = sum(a != b for a, b in zip(first, slots, strict=True))
+    assert logged["train/refill_accepted"] == accepted / sum(map(len, tried))
     assert logged["train/reward_mean_before_refill"] != pytest.approx(logged["train/reward_mean"])
-    never, grader = uneven()
-    _, _, logged = seen(tmp_path, data=never, zero_variance="refill", refill_attempts=2)
-    assert len(grader.asked) == 3
-    assert logged["train/refill_accepted"] == 0.0
-    assert logged["train/groups_with_signal"] == 0.5
+
+
+def test_refilling_ends_where_nothing_helps_and_is_refused_where_no_further_prompts_are_known(tmp_path: Path) -> None:
+    data, grader = half(hopeless=True)
+    found, _, logged = seen(tmp_path, data=data, zero_variance="refill", refill_attempts=2)
+    assert [len(call) for call in grader.asked] == [4, 4, 4]
+    assert [row.id for row in found.window.rows] == grader.asked[0], "a slot that stays without signal keeps its own completions"
+    assert (logged["train/refill_accepted"], logged["train/groups_with_signal"]) == (0.0, 0.0)
+    with pytest.raises(TypeError, match="a NoneType cannot"):
+        check_reserve(None)
 
 
 # -- several rewards, penalties ------------------------------------------------------------------------------------------------------------

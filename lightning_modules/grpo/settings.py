@@ -1,0 +1,76 @@
+"""What a GRPO module refuses before anything is built, each in one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from theodolite.functional.importance import MISMATCH_MODES
+from theodolite.protocols import PromptReserve
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "aggregation": ("dapo", "dr_grpo", "grpo", "seq_mean_token_sum"),
+    "advantage_scale": ("none", "group", "batch", "rloo"),
+    "kl_estimator": ("k1_reward", "k2", "k3", "k3_is"),
+    "truncated": ("keep", "mask", "exclude"),
+    "zero_variance": ("skip", "drop", "refill"),
+    "reward_mix": ("sum", "gdpo"),
+    "truncated_sampling": ("refuse", "untruncated"),
+}
+SMALLEST = {"group_size": 2, "updates_per_window": 1, "refill_attempts": 1, "table_every": 0, "token_budget": 1, "overlong_buffer": 0}
+
+
+def check_settings(module: Any, mismatch: dict[str, Any] | None) -> None:
+    """Refuse settings that cannot work, alone or together.
+
+    Args:
+        module: A GRPO module with its settings as attributes.
+        mismatch: As the config gives it.
+
+    Raises:
+        ValueError: One of them cannot work.
+    """
+    for name, choices in CHOICES.items():
+        if getattr(module, name) not in choices:
+            raise ValueError(f"model.{name} is {getattr(module, name)!r}; choose one of {', '.join(choices)}.")
+    for name, least in SMALLEST.items():
+        value = getattr(module, name)
+        if value is not None and value < least:
+            why = "; a group-relative advantage needs at least 2 completions per prompt" if name == "group_size" else ""
+            raise ValueError(f"model.{name} is {value}; it must be at least {least}{why}.")
+    if module.beta < 0:
+        raise ValueError(f"model.beta is {module.beta}; a negative KL coefficient would push away from the reference, use 0 or more.")
+    if module.overlong_buffer > module.sampling.max_new_tokens:
+        raise ValueError(f"model.overlong_buffer is {module.overlong_buffer}; it must not exceed max_new_tokens.")
+    if module.reward_mix == "gdpo" and not module.reward_weights:
+        raise ValueError("model.reward_mix=gdpo needs model.reward_weights: which components there are, and what each counts.")
+    truncates = module.sampling.top_p < 1 or module.sampling.top_k > 0
+    if mismatch is not None:
+        _check_mismatch(mismatch, truncates)
+    if truncates and module.truncated_sampling == "refuse":
+        raise ValueError(
+            f"model.top_p={module.sampling.top_p} and model.top_k={module.sampling.top_k} cut what is sampled, but ratios and gradients "
+            "are those of the untruncated distribution; set top_p to 1 and top_k to 0, or truncated_sampling to untruncated to accept that."
+        )
+
+
+def _check_mismatch(mismatch: dict[str, Any], truncates: bool) -> None:
+    if set(mismatch) - {"mode", "low", "high"} or mismatch.get("mode") not in MISMATCH_MODES or "high" not in mismatch:
+        raise ValueError(f"model.mismatch is {mismatch}; give mode (one of {', '.join(MISMATCH_MODES)}), high and perhaps low.")
+    if truncates:
+        raise ValueError(
+            "model.mismatch corrects towards untruncated probabilities, but top_p or top_k truncate what is sampled, so every weight "
+            "would be off by the mass they cut; set top_p to 1 and top_k to 0, or mismatch to null."
+        )
+
+
+def check_reserve(sampler: Any) -> None:
+    """Refuse to refill groups from data that know no further prompts.
+
+    Raises:
+        TypeError: The training loader's sampler is no :class:`~theodolite.protocols.PromptReserve`.
+    """
+    if not isinstance(sampler, PromptReserve):
+        raise TypeError(
+            f"model.zero_variance=refill needs training data that can name further prompts, and a {type(sampler).__name__} cannot; give "
+            "the loader a theodolite.datamodules.samplers.DistributedBatchSampler, or choose skip or drop."
+        )
