@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from theodolite.config_layers import closest
 from theodolite.functional.component_masks import ComponentMask
 
-from .components import Components, IdentitySite, Replacement, Site, TiedComponents, module_shape, target_weight
+from .components import Components, IdentitySite, Known, Replacement, Site, TiedComponents, module_shape, target_weight
 
 IDENTITY = "pre_identity"
 """Name of the identity in front of a module: ``lin2`` has it at ``lin2.pre_identity``."""
@@ -127,6 +127,7 @@ class ComponentModel(nn.Module):
         masks: Mapping[str, ComponentMask] | None = None,
         keep: Iterable[str] = (),
         frozen: bool = False,
+        known: Known | None = None,
     ) -> Forward:
         """One forward pass of the target with some modules replaced.
 
@@ -135,6 +136,7 @@ class ComponentModel(nn.Module):
             masks: By module to replace; None or absent = the module itself.
             keep: Which of ``inputs``, ``outputs`` and ``acts`` to keep.
             frozen: Leave the components out of the graph (for attacks, which differentiate masks alone).
+            known: Shared by all steps of an attack on this batch: what is the same in each is computed once and kept here.
 
         Raises:
             ValueError: If a mask names a module that is not decomposed.
@@ -142,7 +144,7 @@ class ComponentModel(nn.Module):
         unknown = sorted(set(masks or {}) - set(self.sites))
         if unknown:
             raise ValueError(f"There is no decomposed module {unknown[0]!r}{closest(unknown[0], self.sites)}.")
-        run = Replacement(dict(masks or {}), frozenset(keep), {}, {}, {}, frozen)
+        run = Replacement(dict(masks or {}), frozenset(keep), {}, {}, {}, frozen, {} if known is None else known)
         with self._running(run):
             raw = self.target(batch)
         return Forward(output_tensor(raw, self.output_attr), run.inputs, run.outputs, run.acts)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from theodolite.functional.component_masks import ComponentMask, scaled_acts
+from theodolite.functional.component_masks import ComponentMask, rows_at, scaled_acts
 from theodolite.seeds import derive_seed
 
 
@@ -83,6 +84,10 @@ class TiedComponents(Components):
         """Nothing of its own to draw."""
 
 
+Known: TypeAlias = dict[str, tuple[Tensor, Tensor | None]]
+"""Component activations, and the target's own output where a delta needs it, of modules whose input no source of an attack reaches."""
+
+
 @dataclass
 class Replacement:
     """What a site does in the current forward pass, and what it saw."""
@@ -93,6 +98,7 @@ class Replacement:
     outputs: dict[str, Tensor]
     acts: dict[str, Tensor]
     frozen: bool
+    known: Known
 
 
 class Site:
@@ -126,28 +132,46 @@ class Site:
         return output
 
     def _replaced(self, inputs: Tensor, mask: ComponentMask, run: Replacement) -> Tensor:
-        acts, write = self._acts_and_write(inputs, run)
-        needs_target = mask.delta is not None or mask.routing is not None
-        target = self.original(inputs) if needs_target else None
-        bias = getattr(self.module, "bias", None)
-        if mask.delta is None:
-            masked = scaled_acts(acts, mask)
-            output = masked @ write if bias is None else masked @ write + bias
-        else:
-            assert target is not None
-            output = self._with_delta(acts, write, target, bias, mask)
         if mask.routing is None:
-            return output
-        assert target is not None
-        return torch.where(mask.routing[..., None], output, target)
+            return self._written(*self._everywhere(inputs, mask, run), mask, run)
+        target = self.original(inputs)
+        # components are computed at routed positions alone
+        places, leading = mask.routing.flatten().nonzero()[:, 0], mask.routing.shape
+        if "acts" in run.keep:
+            acts = rows_at(self._acts(inputs, run), places, leading)
+        else:
+            acts = self._acts(inputs.flatten()[places] if self.components.embedding else rows_at(inputs, places, leading), run)
+        rows = self._written(acts, rows_at(target, places, leading), mask.at(places, leading), run)
+        wide = torch.promote_types(target.dtype, rows.dtype)
+        return target.to(wide).flatten(0, -2).index_copy(0, places, rows.to(wide)).view(target.shape)
 
-    def _acts_and_write(self, inputs: Tensor, run: Replacement) -> tuple[Tensor, Tensor]:
-        components = self.components
-        read, write = (components.V.detach(), components.U.detach()) if run.frozen else (components.V, components.U)
-        acts = F.embedding(inputs, read) if components.embedding else inputs.to(read.dtype) @ read
+    def _everywhere(self, inputs: Tensor, mask: ComponentMask, run: Replacement) -> tuple[Tensor, Tensor | None]:
+        """Component activations, and the target's own output if the mask's delta needs it."""
+        known = run.known.get(self.name)
+        if known is not None:
+            return known
+        acts, target = self._acts(inputs, run), None if mask.delta is None else self.original(inputs)
+        # where sources alone have gradients, an input without one is the clean input in every step
+        if run.frozen and torch.is_grad_enabled() and not inputs.requires_grad:
+            run.known[self.name] = acts, target
+        return acts, target
+
+    def _acts(self, inputs: Tensor, run: Replacement) -> Tensor:
+        read = self.components.V.detach() if run.frozen else self.components.V
+        acts = F.embedding(inputs, read) if self.components.embedding else inputs.to(read.dtype) @ read
         if "acts" in run.keep:
             run.acts[self.name] = acts
-        return acts, write
+        return acts
+
+    def _written(self, acts: Tensor, target: Tensor | None, mask: ComponentMask, run: Replacement) -> Tensor:
+        """What the components write, and of the target's own output what the delta's mask lets through."""
+        write = self.components.U.detach() if run.frozen else self.components.U
+        bias = getattr(self.module, "bias", None)
+        if mask.delta is not None:
+            assert target is not None
+            return self._with_delta(acts, write, target, bias, mask)
+        masked = scaled_acts(acts, mask) @ write
+        return masked if bias is None else masked + bias
 
     def _with_delta(self, acts: Tensor, write: Tensor, target: Tensor, bias: Tensor | None, mask: ComponentMask) -> Tensor:
         """``(a * m) U + d (x W - a U)`` written as ``d (x W) + (a * (m - d)) U``: no delta matrix, and exactly the target at m = d = 1."""

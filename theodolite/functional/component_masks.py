@@ -25,6 +25,19 @@ class ComponentMask:
     delta: Tensor | None = None
     routing: Tensor | None = None
 
+    def at(self, places: Tensor, leading: Sequence[int]) -> ComponentMask:
+        """The mask of some positions, (n, C), routed everywhere.
+
+        Args:
+            places: (n,) indices of positions, each at most once, into the flattened leading shape.
+            leading: Shape of all positions.
+        """
+        component = None if self.component is None else rows_at(self.component, places, leading)
+        return ComponentMask(component, self._delta_at(places, leading))
+
+    def _delta_at(self, places: Tensor, leading: Sequence[int]) -> Tensor | None:
+        return None if self.delta is None else rows_at(self.delta.expand(*leading)[..., None], places, leading)[:, 0]
+
 
 @dataclass(frozen=True, slots=True)
 class SourceMask(ComponentMask):
@@ -37,6 +50,42 @@ class SourceMask(ComponentMask):
 
     importance: Tensor = field(kw_only=True)
     source: Tensor = field(kw_only=True)
+
+    def at(self, places: Tensor, leading: Sequence[int]) -> SourceMask:
+        """See :class:`ComponentMask`."""
+        importance, source = (rows_at(values, places, leading) for values in (self.importance, self.source))
+        return SourceMask(None, ComponentMask._delta_at(self, places, leading), importance=importance, source=source)
+
+
+def rows_at(values: Tensor, places: Tensor, leading: Sequence[int]) -> Tensor:
+    """(n, k) values at some positions, of values (..., k) that broadcast to ``leading``; what has no leading shape stays as it is.
+
+    Args:
+        values: (..., k), (k,) or ().
+        places: (n,) indices into the flattened leading shape, each at most once.
+        leading: Shape of all positions.
+    """
+    if values.ndim <= 1:
+        return values
+    result = _Rows.apply(values.expand(*leading, values.shape[-1]).flatten(0, -2), places)
+    assert isinstance(result, Tensor)
+    return result
+
+
+class _Rows(torch.autograd.Function):
+    """Different rows of a matrix. Their gradient is copied back at once, where indexing would add it row after row."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.rows = matrix.shape[0]
+        return matrix.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (places,) = ctx.saved_tensors
+        return upstream.new_zeros(ctx.rows, upstream.shape[1]).index_copy_(0, places, upstream), None
 
 
 def mask_from_source(importance: Tensor, source: Tensor, routing: Tensor | None = None) -> SourceMask:
@@ -53,8 +102,11 @@ def mask_from_source(importance: Tensor, source: Tensor, routing: Tensor | None 
     channels = importance.shape[-1]
     if source.shape[-1] not in (channels, channels + 1):
         raise ValueError(f"A source of {source.shape[-1]} channels does not fit {channels} components; give {channels} or {channels + 1}.")
-    delta = None if source.shape[-1] == channels else source[..., channels]
-    return SourceMask(None, delta, routing, importance=importance, source=source[..., :channels])
+    if source.shape[-1] == channels:
+        return SourceMask(None, None, routing, importance=importance, source=source)
+    # split, because the backward passes of two slices would each make a gradient of the whole source
+    components, delta = source.split([channels, 1], dim=-1)
+    return SourceMask(None, delta.squeeze(-1), routing, importance=importance, source=components)
 
 
 def scaled_acts(acts: Tensor, mask: ComponentMask) -> Tensor:
@@ -74,29 +126,41 @@ def scaled_acts(acts: Tensor, mask: ComponentMask) -> Tensor:
 
 
 class _Interpolated(torch.autograd.Function):
-    """``a (g + (1 - g) r - d)`` as ``a ((r - d) + g (1 - r))``, with two passes over memory forward and five backward.
+    """``a (g + (1 - g) r - d)``, in two or three passes over memory forward and at most seven backward, and nothing but a and g is kept.
 
     By autograd it takes about three times as many, which is a third of an attack's time.
     """
 
     @staticmethod
     def forward(ctx: Any, acts: Tensor, importance: Tensor, source: Tensor, delta: Tensor | None) -> Tensor:
-        offset = source if delta is None else source - delta[..., None]
-        mask = torch.addcmul(offset, importance, 1 - source)
-        ctx.save_for_backward(acts, importance, source, delta, mask if ctx.needs_input_grad[0] else None)
-        return acts * mask
+        ctx.save_for_backward(acts, importance, source, delta)
+        return _times_mask(acts, importance, source, delta)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        acts, importance, source, delta, mask = ctx.saved_tensors
+        acts, importance, source, delta = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        for_acts = (upstream * mask).to(acts.dtype) if wanted[0] else None
-        product = upstream * acts
-        for_delta = -product.sum(-1).sum_to_size(delta.shape).to(delta.dtype) if wanted[3] else None
-        for_importance = (product * (1 - source)).sum_to_size(importance.shape).to(importance.dtype) if wanted[1] else None
-        for_source = product.addcmul_(product, importance, value=-1).sum_to_size(source.shape).to(source.dtype) if wanted[2] else None
+        for_acts = _times_mask(upstream, importance, source, delta).to(acts.dtype) if wanted[0] else None
+        for_importance = for_source = for_delta = None
+        if any(wanted[1:]):
+            product = upstream * acts
+            for_delta = -product.sum(-1).sum_to_size(delta.shape).to(delta.dtype) if wanted[3] else None
+            if wanted[1]:
+                for_importance = torch.addcmul(product, product, source, value=-1).sum_to_size(importance.shape).to(importance.dtype)
+            if wanted[2]:
+                for_source = product.addcmul_(product, importance, value=-1).sum_to_size(source.shape).to(source.dtype)
         return for_acts, for_importance, for_source, for_delta
+
+
+def _times_mask(values: Tensor, importance: Tensor, source: Tensor, delta: Tensor | None) -> Tensor:
+    """``values (g + (1 - g) r - d)``, with one tensor of the values' size made."""
+    if source.numel() == importance.numel():
+        mask = torch.lerp(source, source.new_ones(()), importance)
+        mask = mask if delta is None else mask.sub_(delta[..., None])
+    else:  # what is smaller than the importances costs nothing
+        mask = torch.addcmul(source if delta is None else source - delta[..., None], importance, 1 - source)
+    return mask.mul_(values) if mask.dtype == values.dtype and mask.shape == values.shape else mask * values
 
 
 def stochastic_masks(
@@ -117,11 +181,8 @@ def stochastic_masks(
     masks: dict[str, ComponentMask] = {}
     for index, ((name, importance), column) in enumerate(zip(importances.items(), columns, strict=True)):
         column = (column >= 0.5).to(column.dtype) if binomial else column
-        masks[name] = ComponentMask(
-            torch.lerp(column, torch.ones_like(column), importance),
-            noise[..., sum(sizes) + index] if delta else None,
-            None if routing is None else routing[name],
-        )
+        routed = None if routing is None else routing[name]
+        masks[name] = SourceMask(None, noise[..., sum(sizes) + index] if delta else None, routed, importance=importance, source=column)
     return masks
 
 

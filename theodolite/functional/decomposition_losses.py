@@ -25,7 +25,9 @@ def recon_count(target: Tensor, kind: ReconKind) -> int:
     return target.numel() // target.shape[-1] if kind == "kl" else target.numel()
 
 
-def recon_sum(prediction: Tensor, target: Tensor, kind: ReconKind, chunk_numbers: int = KL_CHUNK_NUMBERS) -> Tensor:
+def recon_sum(
+    prediction: Tensor, target: Tensor, kind: ReconKind, chunk_numbers: int = KL_CHUNK_NUMBERS, normalised: bool = False
+) -> Tensor:
     r"""Summed reconstruction loss.
 
     ``kl``: :math:`\sum_{\text{positions}} KL(\text{softmax}(t)\,\|\,\text{softmax}(p))`; ``mse``: :math:`\sum (p - t)^2`.
@@ -36,6 +38,7 @@ def recon_sum(prediction: Tensor, target: Tensor, kind: ReconKind, chunk_numbers
         kind: ``kl`` or ``mse``.
         chunk_numbers: Logits per chunk of a KL divergence. A chunk's log-probabilities are not kept for the backward pass, so that memory
             is one chunk's and not the batch's.
+        normalised: The target of a KL divergence is :func:`~theodolite.functional.kl_divergence.log_probabilities` instead of logits.
 
     Raises:
         ValueError: If shapes differ or the kind is unknown.
@@ -48,7 +51,7 @@ def recon_sum(prediction: Tensor, target: Tensor, kind: ReconKind, chunk_numbers
     if kind != "kl":
         raise ValueError(f"There is no reconstruction loss {kind!r}; choose mse or kl.")
     vocabulary = target.shape[-1]
-    return kl_sum(prediction.reshape(-1, vocabulary), target.reshape(-1, vocabulary), chunk_numbers)
+    return kl_sum(prediction.reshape(-1, vocabulary), target.reshape(-1, vocabulary), chunk_numbers, normalised)
 
 
 def faithfulness(deltas: Iterable[Tensor]) -> Tensor:
