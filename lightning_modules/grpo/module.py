@@ -18,7 +18,7 @@ per-sequence mean is ``grpo``), there is no KL term unless ``beta`` > 0, and its
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -36,6 +36,7 @@ from .balance import Share, balance
 from .collection import CollectionModule
 from .hooks import oracle_users, wants_parts
 from .losses import build_loss
+from .mismatch import settled_mismatch
 from .reporting import log_window, rollout_sums, write_table
 from .self_check import check_gradient_path
 from .settings import check_reserve, check_settings
@@ -69,7 +70,8 @@ class GRPOModule(CollectionModule):
             denominators, no KL term either) or ``refill`` (their slots go to further training prompts, which the sampler names by step).
         refill_attempts: Most rounds of further prompts per window; a slot that stays without signal keeps its own.
         mismatch: ``mode`` (token_tis, token_mis, sequence_tis, sequence_mis, geometric_mis), ``low`` and ``high``: correct for a sampler
-            whose probabilities are not the trainer's; null = only measure.
+            whose probabilities are not the trainer's; ``auto`` = with another ``rollout`` than the trainer's own model, ``geometric_mis``
+            in [0.9, 1.1] for completions of more than 512 tokens and ``token_tis`` up to 2 for shorter ones; null = only measure.
         truncated_sampling: What to do where ``top_p`` or ``top_k`` cut what is sampled: ``refuse``, or take ratios and gradients of the
             ``untruncated`` distribution nevertheless, as most published setups do; it is another than the one that was sampled from.
         reuse_sampler_log_probs: With several updates per window, take ratios against the sampler's log-probabilities: one pass less.
@@ -101,7 +103,7 @@ class GRPOModule(CollectionModule):
         truncated: str = "keep",
         zero_variance: str = "skip",
         refill_attempts: int = 3,
-        mismatch: dict[str, Any] | None = None,
+        mismatch: dict[str, Any] | Literal["auto"] | None = "auto",
         truncated_sampling: str = "refuse",
         reuse_sampler_log_probs: bool = False,
         token_budget: int | None = None,
@@ -122,6 +124,7 @@ class GRPOModule(CollectionModule):
         self.reuse_sampler_log_probs, self.token_budget, self.split_backward = reuse_sampler_log_probs, token_budget, split_backward
         self.overlap_grading, self.grading_timeout_s, self.table_every = overlap_grading, grading_timeout_s, table_every
         self.balance_ranks, self.truncated_sampling = balance_ranks, truncated_sampling
+        mismatch = settled_mismatch(self, mismatch)
         check_settings(self, mismatch)
         self.mismatch = None if mismatch is None else (mismatch["mode"], float(mismatch.get("low", 0.0)), float(mismatch["high"]))
         self.batch_arithmetic: BatchArithmetic | None = None
