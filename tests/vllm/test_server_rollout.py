@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from fake_server import FakeVLLM, serving
 from sampler_policies import END, load, policy_folder, train_a_little
 
+from theodolite.lightning_modules import GRPOModule
 from theodolite.lightning_modules.decoding import Sampling
 from theodolite.lightning_modules.rollout_choice import build_engine
 from theodolite.lightning_modules.rollouts import HFRollout, RolloutEngine
@@ -244,3 +245,22 @@ def test_a_config_names_the_engine() -> None:
             build_engine(wrong, merge_adapter=False)
     with pytest.raises(ValueError, match="merge_adapter is a setting of the trainer's own sampler"):
         build_engine(spec, merge_adapter=True)
+
+
+def test_another_sampler_switches_the_correction_on_and_the_trainers_own_does_not() -> None:
+    server = {"class_path": "VLLMServerRollout", "init_args": {"url": "http://localhost:8000"}}
+    common: dict[str, Any] = {"policy": {"model_type": "qwen3"}, "train_tokenizer": {"vocab_size": 280}}
+    assert GRPOModule(**common).mismatch is None
+    assert GRPOModule(**common, rollout=server, max_new_tokens=1536).mismatch == ("geometric_mis", 0.9, 1.1)
+    assert GRPOModule(**common, rollout=server, max_new_tokens=100).mismatch == ("token_tis", 0.0, 2.0)
+    assert GRPOModule(**common, rollout=server, mismatch=None).mismatch is None
+    chosen = {"mode": "token_mis", "low": 0.5, "high": 2}
+    assert GRPOModule(**common, rollout=server, mismatch=chosen).mismatch == ("token_mis", 0.5, 2.0)
+    truncating: dict[str, Any] = {"rollout": server, "top_p": 0.9, "truncated_sampling": "untruncated"}
+    with pytest.raises(ValueError, match="off by the mass they cut"):
+        GRPOModule(**common, **truncating)
+    with pytest.raises(ValueError, match="log-probabilities of the truncated distribution"):
+        GRPOModule(**common, **truncating, mismatch=None, updates_per_window=2, reuse_sampler_log_probs=True)
+    assert GRPOModule(**common, **truncating, mismatch=None).mismatch is None
+    with pytest.raises(ValueError, match="give auto, null"):
+        GRPOModule(**common, mismatch="sometimes")
