@@ -327,20 +327,22 @@ def test_a_run_that_is_still_writing_may_end_in_half_a_line_but_no_other_line_ma
         build_report(tmp_path / "demo")
 
 
-def test_unequal_seeds_are_paired_over_the_common_ones_only(tmp_path: Path) -> None:
+def test_arms_with_unequal_seeds_are_not_compared_and_the_missing_runs_are_named(tmp_path: Path) -> None:
     study = write_study(tmp_path)
     shutil.rmtree(study / "random-1")
     summary = build_report(study)
     item = compare(read_study(study), "projected_static", "random", "hack_rate")
-    rates = {(run["arm"], run["seed"]): run["hack_rate"] for run in summary["runs"]}
-    assert item.seeds == (0, 2)
-    assert item.differences == tuple(rates["projected_static", seed] - rates["random", seed] for seed in (0, 2))
+    assert (item.n, item.mean, item.direction) == (0, None, "none")
+    assert item.refusal == "not compared: hack rate of `random` seed 1 is missing"
+    records = [r for r in summary["comparisons"] if r["arm"] == "projected_static" and r["against"] == "random"]
+    assert all(record["mean"] is None and "`random` seed 1" in record["refusal"] for record in records)
     assert {"arm": "random", "seed": 1, "why": "no such run"} in summary["missing"]
-    assert "Missing: <code>random</code> seed 1 (no such run)" in page_of(study)
-    assert "unequal numbers of finished seeds" in page_of(study)
-    rows = [" ".join(row.split()) for row in Elements(page_of(study)).rows]
-    row = next(row for row in rows if row.startswith("projected_static minus random"))
-    assert "n=2" in row
+    page = page_of(study)
+    assert "Missing: <code>random</code> seed 1 (no such run)" in page
+    assert "unequal numbers of finished seeds" in page
+    assert finding(study, "`projected_static` against its control").startswith("not measured")
+    row = next(row for row in map(" ".join, map(str.split, Elements(page).rows)) if row.startswith("projected_static minus random"))
+    assert row.count("random seed 1 is missing") == 3
 
 
 def test_arms_without_a_common_seed_are_not_compared(tmp_path: Path) -> None:

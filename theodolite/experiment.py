@@ -77,7 +77,7 @@ def report(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
 
     rounded = {phase: round(value, 1) for phase, value in seconds.items()}
     write_json_atomic(out / TIMINGS, {"seconds": rounded, "cpu_count": len(os.sched_getaffinity(0))})
-    return build_report(out)
+    return build_report(out, pdf=True)
 
 
 def _print_results(summary: dict[str, Any], seconds: dict[str, float], out: Path, console: Console) -> None:

@@ -6,7 +6,7 @@ markers and dashes carry the same information a second time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 
@@ -35,9 +35,14 @@ _KNOWN: dict[str, tuple[str, ArmStyle]] = {
     "shuffled": ("projected_live with shuffled pair labels, control", ArmStyle("#cc79a7", "#dc8fb9", "v", True)),
     "push": ("constant ungated push along the live direction", ArmStyle("#0072b2", "#4ba3dc", "^", True)),
     "rebound": ("activation-score penalty on advantages, baseline", ArmStyle("#009e73", "#1fbf92", "p", False)),
+    "projected_live_1": ("live direction, one-sided removal", ArmStyle("#8c6d1f", "#cbb04a", "h", False)),
+    "live_probe": ("live pairs by an activation probe, overshoot 2", ArmStyle("#7b5cc4", "#a68bea", "<", False)),
+    "live_probe_reference": ("the probe's pairs against reference solutions, overshoot 3", ArmStyle("#882255", "#c9689a", "*", False)),
+    "push_probe": ("constant ungated push along the probe's direction", ArmStyle("#56b4e9", "#8fd0f5", ">", True)),
+    "oracle": ("reward without the loophole, from the oracle's labels", ArmStyle("#44aa99", "#74cfc1", "P", True)),
 }
 
-_SPARE = (("#7b5cc4", "#a68bea"), ("#56b4e9", "#8fd0f5"), ("#8c6d1f", "#cbb04a"), ("#882255", "#c9689a"), ("#44aa99", "#74cfc1"))
+_SPARE = (("#6a7fdb", "#95a5f0"), ("#b07aa1", "#cf9fc2"), ("#9c755f", "#c39b83"), ("#59a14f", "#86c67c"), ("#b6992d", "#d9c063"))
 _SPARE_MARKERS = "<>h*dPH8"
 
 
@@ -52,16 +57,16 @@ def arm_order(arms: Iterable[str]) -> list[str]:
     return [arm for arm in _KNOWN if arm in present] + sorted(present - set(_KNOWN))
 
 
-def arm_styles(arms: Iterable[str], titles: dict[str, str]) -> dict[str, ArmStyle]:
-    """A style for every arm; unknown arms whose title contains ``control`` are dashed."""
+def arm_styles(arms: Iterable[str], titles: dict[str, str], controls: Collection[str] = ()) -> dict[str, ArmStyle]:
+    """A style for every arm, in the order given; unknown arms among ``controls``, or whose title contains ``control``, are dashed."""
     styles: dict[str, ArmStyle] = {}
     spare = 0
-    for arm in arm_order(arms):
+    for arm in arms:
         if arm in _KNOWN:
             styles[arm] = _KNOWN[arm][1]
             continue
         light, dark = _SPARE[spare % len(_SPARE)]
         marker = _SPARE_MARKERS[spare % len(_SPARE_MARKERS)]
-        styles[arm] = ArmStyle(light, dark, marker, "control" in titles.get(arm, "").lower())
+        styles[arm] = ArmStyle(light, dark, marker, arm in controls or "control" in titles.get(arm, "").lower())
         spare += 1
     return styles

@@ -6,7 +6,9 @@ Mean over seeds as a thick line, every seed as a thin one, controls dashed; the 
 from __future__ import annotations
 
 import io
+import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,12 +57,19 @@ class Panel:
     draw: Callable[[Axes, Study, Theme], None]
 
 
-def panels() -> list[Panel]:
-    """The panels in reading order."""
+def panels(study: Study) -> list[Panel]:
+    """The panels in reading order: rates, mechanisms where the plan tells them apart, the direction where one was logged, and the ends."""
     rates = [
         Panel(rate, f"{title} on held-out problems against GRPO step, one line per arm ({RATE_MEANINGS[rate]})", _rate_drawer(rate))
         for rate, title in RATE_TITLES.items()
     ]
+    for mechanism, meaning in study.plan.mechanisms.items():
+        name = f"hack_{mechanism}_rate"
+        rates.append(Panel(name, f"Rate of hacks by {mechanism} ({meaning}) against GRPO step", _rate_drawer(name)))
+    if any(key.endswith("/cin_null") for run in study.runs for key in run.series):
+        rates.append(
+            Panel("cos_align", "Share of the gradient along the direction against GRPO step, dotted: that of a random one", draw_alignment)
+        )
     return [*rates, Panel("final", "Final hack rate against final pass rate, one point per run and a large one per arm", draw_final)]
 
 
@@ -73,18 +82,37 @@ def mean_curve(study: Study, arm: str, key: str) -> dict[int, float]:
     return {step: math.fsum(curve[step] for curve in curves) / len(curves) for step in steps}
 
 
+def spread_curve(study: Study, arm: str, key: str) -> dict[int, float]:
+    """Sample standard deviation over the arm's seeds at the steps of :func:`mean_curve`; 0 below two seeds."""
+    curves = [curve for run in study.of(arm) if (curve := run.curve(key))]
+    return {step: spread([curve[step] for curve in curves]).sd or 0.0 for step in mean_curve(study, arm, key)}
+
+
+def draw_alignment(axes: Axes, study: Study, theme: Theme) -> None:
+    """Draw the share of the gradient's norm along the direction (for one direction the positive part of cos_align), over a random one's."""
+    for arm, style in _styles(study).items():
+        keys = sorted({key for run in study.of(arm) for key in run.series if key.startswith("projection/") and key.endswith("/cin")})
+        for key in keys:
+            for name, dashes, width in ((key, (0, (4, 2)) if style.control else "-", 1.8), (f"{key}_null", (0, (1, 2)), 1.2)):
+                mean = mean_curve(study, arm, name)
+                axes.plot(list(mean), list(mean.values()), color=_colour(style, theme), linewidth=width, linestyle=dashes)
+    axes.set_title("cos_align: gradient along the direction (dotted: chance)")
+    axes.set_xlabel("GRPO step")
+    axes.set_yscale("log")
+
+
 def draw_rate(axes: Axes, study: Study, rate: str, theme: Theme) -> None:
     """Draw one rate against step."""
     key, empty = f"val/{rate}", True
     for arm, style in _styles(study).items():
         colour, dashes = _colour(style, theme), (0, (4, 2)) if style.control else "-"
-        for run in study.of(arm):
-            curve = run.curve(key)
-            axes.plot(list(curve), list(curve.values()), color=colour, linewidth=0.8, alpha=0.3, linestyle=dashes)
-        mean = mean_curve(study, arm, key)
+        mean, spreads = mean_curve(study, arm, key), spread_curve(study, arm, key)
         axes.plot(list(mean), list(mean.values()), color=colour, linewidth=2.2, linestyle=dashes, zorder=3)
+        if any(spreads.values()):
+            low, high = ([mean[step] + sign * spreads[step] for step in mean] for sign in (-1, 1))
+            axes.fill_between(list(mean), low, high, color=colour, alpha=0.1, linewidth=0)
         empty = empty and not mean
-    axes.set_title(f"{RATE_TITLES[rate]}: {RATE_MEANINGS[rate]}")
+    axes.set_title(_rate_title(study, rate))
     axes.set_xlabel("GRPO step")
     steps = sorted({step for run in study.runs for step in run.curve(key)})
     axes.xaxis.set_major_locator(FixedLocator(steps) if 1 < len(steps) <= 9 else MaxNLocator(integer=True))
@@ -95,18 +123,27 @@ def draw_rate(axes: Axes, study: Study, rate: str, theme: Theme) -> None:
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
 
 
+def _rate_title(study: Study, rate: str) -> str:
+    if rate in RATE_TITLES:
+        return f"{RATE_TITLES[rate]}: {RATE_MEANINGS[rate]}"
+    mechanism = rate.removeprefix("hack_").removesuffix("_rate")
+    return f"Hacks by {mechanism}: {study.plan.mechanisms[mechanism]}"
+
+
 def draw_final(axes: Axes, study: Study, theme: Theme) -> None:
     """Draw final pass rate against final hack rate; means of controls are hollow, the untrained policy is a cross."""
     ink, empty = INKS[theme], True
     for arm, style in _styles(study).items():
         colour = _colour(style, theme)
         for run in study.of(arm):
-            hack, passing = measure(run, "hack_rate"), measure(run, "pass_rate")
+            hack, passing = measure(study, run, "hack_rate"), measure(study, run, "pass_rate")
             if hack is not None and passing is not None:
                 axes.scatter([hack], [passing], s=26, color=colour, marker=style.marker, alpha=0.55, linewidths=0)
                 empty = False
-        hack, passing = arm_spread(study, arm, "hack_rate").mean, arm_spread(study, arm, "pass_rate").mean
+        ends = arm_spread(study, arm, "hack_rate"), arm_spread(study, arm, "pass_rate")
+        hack, passing = ends[0].mean, ends[1].mean
         if hack is not None and passing is not None:
+            axes.errorbar([hack], [passing], xerr=ends[0].sd or 0, yerr=ends[1].sd or 0, color=colour, alpha=0.5, linewidth=1.0)
             face, edge = ("none", colour) if style.control else (colour, ink.paper)
             axes.scatter([hack], [passing], s=130, facecolors=face, edgecolors=edge, marker=style.marker, linewidths=1.8, zorder=3)
     base = [spread(list(base_by_seed(study, name).values())).mean for name in ("hack_rate", "pass_rate")]
@@ -124,14 +161,27 @@ def draw_final(axes: Axes, study: Study, theme: Theme) -> None:
 
 def render_png(study: Study) -> bytes:
     """All panels and one legend in one picture (PNG bytes, no date and no version in its metadata)."""
+    return _picture(study, "png", dpi=150)
+
+
+def render_pdf(study: Study) -> bytes:
+    """The same as PDF, for papers."""
+    return _picture(study, "pdf")
+
+
+def _picture(study: Study, kind: Literal["png", "pdf"], **options: Any) -> bytes:
+    drawn = panels(study)
+    rows = -(-len(drawn) // 2)
     with _own_style("light"):
-        figure = Figure(figsize=(11, 8.6), layout="constrained")
+        figure = Figure(figsize=(11, 3.8 * rows + 1), layout="constrained")
         FigureCanvasAgg(figure)
-        grid = figure.subplots(2, 2)
-        for axes, panel in zip(grid.flat, panels(), strict=True):
-            panel.draw(axes, study, "light")
+        for axes, panel in itertools.zip_longest(figure.subplots(rows, 2).flat, drawn):
+            if panel is None:
+                axes.set_axis_off()
+            else:
+                panel.draw(axes, study, "light")
         figure.legend(handles=_legend(study), loc="outside lower center", ncols=3, frameon=False)
-        return _save(figure, "png", dpi=150)
+        return _save(figure, kind, **options)
 
 
 def render_svg(study: Study, panel: Panel, theme: Theme) -> bytes:
@@ -143,12 +193,19 @@ def render_svg(study: Study, panel: Panel, theme: Theme) -> bytes:
         return _save(figure, "svg", transparent=True)
 
 
+def darkened(svg: bytes, study: Study) -> bytes:
+    """A light panel in the colours of the dark theme, which is all that tells the two apart."""
+    swaps = {style.light: style.dark for style in _styles(study).values()}
+    swaps |= {getattr(INKS["light"], name): getattr(INKS["dark"], name) for name in ("text", "faint", "paper")}
+    return re.sub(rb"#[0-9a-f]{6}", lambda found: swaps.get(found[0].decode(), found[0].decode()).encode(), svg)
+
+
 def _rate_drawer(rate: str) -> Callable[[Axes, Study, Theme], None]:
     return lambda axes, study, theme: draw_rate(axes, study, rate, theme)
 
 
 def _styles(study: Study) -> dict[str, ArmStyle]:
-    return arm_styles(study.arms, {arm: study.title(arm) for arm in study.arms})
+    return arm_styles(study.arms, study.titles, study.controls)
 
 
 def _colour(style: ArmStyle, theme: Theme) -> str:
@@ -191,9 +248,10 @@ def _own_style(theme: Theme) -> Iterator[None]:
         yield
 
 
-def _save(figure: Figure, kind: Literal["png", "svg"], **options: Any) -> bytes:
+def _save(figure: Figure, kind: Literal["png", "svg", "pdf"], **options: Any) -> bytes:
     """Save without the entries that name the library's version or the date."""
-    metadata: dict[str, None] = {"Software": None} if kind == "png" else {"Date": None, "Creator": None, "Format": None, "Type": None}
+    hidden = {"png": ("Software",), "svg": ("Date", "Creator", "Format", "Type"), "pdf": ("CreationDate", "Creator", "Producer")}
+    metadata: dict[str, None] = dict.fromkeys(hidden[kind])
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, metadata=metadata, **options)
     return buffer.getvalue()

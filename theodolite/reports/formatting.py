@@ -38,9 +38,9 @@ def interval(item: Comparison) -> str:
 
 
 def sign_count(item: Comparison) -> str:
-    """On how many of the common seeds the difference has the sign of its mean: ``lower on 3/3 seeds``."""
+    """On how many of the seeds the difference has the sign of its mean: ``lower on 3/3 seeds``."""
     if item.mean is None:
-        return "no common seed"
+        return item.refusal
     if item.mean == 0:
         return f"equal mean, lower on {item.below}/{item.n} seeds"
     word, count = ("lower", item.below) if item.mean < 0 else ("higher", item.above)

@@ -8,14 +8,15 @@ A study directory may hold ``hypotheses.yaml``::
         arm: projected_live
         against: vanilla        # or a number: the arm's own rate is set against it
         measure: hack_rate
-        change: lower           # lower | higher
-        by: 0.15                # at least so much, as a rate
+        change: lower           # lower | higher: by at least `by`; not_higher | not_lower: by at most `by`
+        by: 0.15                # a difference of rates
         pass_rate: at_least     # any | matched | at_least: what the arm's pass rate must do for the claim to count
         tolerance: 0.05
 
 Outcomes rest on one number per seed. With :math:`d_s` the differences, the claim "lower by b" is *confirmed* when a one-sided t-test
 rejects :math:`\bar d \ge -b`, *falsified* when one rejects :math:`\bar d \le -b`, both after Holm's correction over all hypotheses of
-the file, and *undecided* otherwise. Arms with unequal seeds are not compared.
+the file, and *undecided* otherwise. "Not higher by b" is the same with :math:`+b`: within b of the other, or better. Arms with unequal
+seeds are not compared.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from typing import Any, Literal, cast
 import yaml
 
 from theodolite.functional.statistics import PairedTest, holm, seed_level_t_test, t_interval
+from theodolite.reports.plan import MEASURES
 from theodolite.reports.records import Study
-from theodolite.reports.statistics_table import MEASURES, measure
+from theodolite.reports.statistics_table import measured
 
 Outcome = Literal["confirmed", "falsified", "undecided"]
 FILE = "hypotheses.yaml"
@@ -46,10 +48,29 @@ class Hypothesis:
     arm: str
     against: str | float
     measure: str
-    change: Literal["lower", "higher"]
+    change: Literal["lower", "higher", "not_higher", "not_lower"]
     by: float = 0.0
     pass_rate: Literal["any", "matched", "at_least"] = "any"
     tolerance: float = 0.05
+
+    @property
+    def wants_lower(self) -> bool:
+        """The claim is that differences lie below :attr:`bound`, not above it."""
+        return self.change in ("lower", "not_higher")
+
+    @property
+    def bound(self) -> float:
+        """The difference that the claim says is not reached (``wants_lower``) or exceeded."""
+        return -self.by if self.change in ("lower", "not_lower") else self.by
+
+    @property
+    def asked(self) -> str:
+        """The claim's numbers, in words."""
+        against = f"`{self.against}`" if isinstance(self.against, str) else f"{100 * self.against:g} %"
+        size = f"{100 * self.by:g} points"
+        how = {"not_higher": f"at most {size} higher", "not_lower": f"at most {size} lower"}
+        change = how.get(self.change, f"{self.change} by {size} or more" if self.by else self.change)
+        return f"`{self.arm}` against {against}: {self.measure.replace('_', ' ')} {change}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +125,11 @@ def _entry(path: Path, index: int, raw: object) -> Hypothesis:
     if missing:
         raise ValueError(f"{path}: hypothesis {index} lacks {sorted(missing)}.")
     entry = Hypothesis(**cast(Mapping[str, Any], raw))
-    choices = {"measure": tuple(MEASURES), "change": ("lower", "higher"), "pass_rate": ("any", "matched", "at_least")}
+    choices = {
+        "measure": tuple(MEASURES),
+        "change": ("lower", "higher", "not_higher", "not_lower"),
+        "pass_rate": ("any", "matched", "at_least"),
+    }
     for key, allowed in choices.items():
         if getattr(entry, key) not in allowed:
             raise ValueError(f"{path}: {entry.name}: {key} is {getattr(entry, key)!r}; choose one of {', '.join(allowed)}.")
@@ -147,13 +172,13 @@ class _Sample:
 
 
 def _values(study: Study, entry: Hypothesis) -> _Sample:
-    own = {run.seed: value for run in study.of(entry.arm) if (value := measure(run, entry.measure)) is not None}
+    own = measured(study, entry.arm, entry.measure)
     if not own:
         return _Sample((), (), f"`{entry.arm}` was not measured")
     if isinstance(entry.against, int | float):
         other = dict.fromkeys(own, float(entry.against))
     else:
-        other = {run.seed: value for run in study.of(entry.against) if (value := measure(run, entry.measure)) is not None}
+        other = measured(study, entry.against, entry.measure)
         if not other:
             return _Sample((), (), f"`{entry.against}` was not measured")
     if own.keys() != other.keys():
@@ -168,9 +193,8 @@ def _p_value(entry: Hypothesis, sample: _Sample, side: Literal["for", "against"]
     """One-sided p-value that the change exceeds ``by`` (``for``) or falls short of it (``against``)."""
     if sample.refusal:
         return math.nan
-    bound = -entry.by if entry.change == "lower" else entry.by
-    shifted = [value - bound for value in sample.arm]
-    lower = (entry.change == "lower") == (side == "for")
+    shifted = [value - entry.bound for value in sample.arm]
+    lower = entry.wants_lower == (side == "for")
     test: PairedTest = seed_level_t_test(shifted, sample.against, alternative="less" if lower else "greater")
     if math.isnan(test.p_value):  # no spread at all: the mean itself decides
         return 0.0 if (test.mean < 0) == lower else 1.0
@@ -200,8 +224,7 @@ def _pass_condition(study: Study, entry: Hypothesis) -> str:
     """Why the arm's pass rate keeps the claim from counting; empty if it does not."""
     if entry.pass_rate == "any" or not isinstance(entry.against, str):
         return ""
-    own = [value for run in study.of(entry.arm) if (value := measure(run, "pass_rate")) is not None]
-    other = [value for run in study.of(entry.against) if (value := measure(run, "pass_rate")) is not None]
+    own, other = (list(measured(study, arm, "pass_rate").values()) for arm in (entry.arm, entry.against))
     if not own or not other:
         return "the pass rates were not measured"
     gap = math.fsum(own) / len(own) - math.fsum(other) / len(other)

@@ -1,37 +1,41 @@
-"""The report page: one HTML file that reads offline, on a phone and without scripts."""
+"""The report page: one HTML file that reads offline and on a phone. Only the rollout browser needs its script."""
 
 from __future__ import annotations
 
 from html import escape
 
 from theodolite.reports.arms import ArmStyle, arm_styles
-from theodolite.reports.figures import Panel, panels, render_svg
+from theodolite.reports.browser import browser, content_policy
+from theodolite.reports.claim import claim_of
+from theodolite.reports.figures import Panel, darkened, panels, render_svg
 from theodolite.reports.formatting import NOT_MEASURED, duration, listing
 from theodolite.reports.html_parts import arm_colours, arm_name, code_lines, data_uri, inline, section, swatch
 from theodolite.reports.hypotheses import study_judgements
 from theodolite.reports.page_style import CSS
+from theodolite.reports.protocol_table import protocol_table, statistics_table
 from theodolite.reports.provenance_section import provenance
 from theodolite.reports.records import Study
-from theodolite.reports.remarks import caveats, lead
+from theodolite.reports.remarks import caveats, lead, resolution
 from theodolite.reports.samples import KINDS, Sample, arm_samples
 from theodolite.reports.tables import comparisons_table, geometry_table, hypotheses_table, phase_table, results_table
 from theodolite.reports.verdict import findings
 
-TITLE = "Reward hacking under gradient projection"
-
 
 def render_page(study: Study) -> str:
     """The whole page as text; a function of the study's files alone."""
-    styles = arm_styles(study.arms, {arm: study.title(arm) for arm in study.arms})
+    styles = arm_styles(study.arms, study.titles, study.controls)
     remarks = "".join(f"<li>{inline(item)}</li>" for item in caveats(study))
     body = "".join(
         (
             _header(study),
+            _claim(study),
             section("verdict", "What happened", _verdict(study)),
             _hypotheses(study),
             section("figure", "Rates during training", _figure(study, styles)),
             section("table", "Final held-out rates", _results(study, styles)),
+            _statistics(study),
             section("samples", "What the programs look like", _samples(study, styles)),
+            section("rollouts", "All programs", browser(study)),
             section("time", "Time", _time(study, styles)),
             section("caveats", "Read this before quoting a number", f"<ul>{remarks}</ul>"),
             section("provenance", "Commands and provenance", provenance(study)),
@@ -39,7 +43,8 @@ def render_page(study: Study) -> str:
     )
     head = (
         '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{TITLE}</title>\n<style>{CSS}{arm_colours(styles)}</style>"
+        f'<meta http-equiv="Content-Security-Policy" content="{content_policy()}">\n'
+        f"<title>{escape(study.plan.title)}</title>\n<style>{CSS}{arm_colours(styles)}</style>"
     )
     return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n<main>\n{body}</main>\n</body>\n</html>\n'
 
@@ -50,7 +55,27 @@ def _header(study: Study) -> str:
     time = f", {duration(total)} of wall time{cores}" if total else ""
     seeds = listing([str(seed) for seed in study.seeds])
     sub = f"Study {study.directory.resolve().name}: {len(study.arms)} arms, seeds {seeds}{time}"
-    return f'<h1>{TITLE}</h1>\n<p class="sub">{escape(sub)}</p>\n<p class="lead">{inline(lead(study))}</p>\n'
+    return f'<h1>{escape(study.plan.title)}</h1>\n<p class="sub">{escape(sub)}</p>\n<p class="lead">{inline(lead(study))}</p>\n'
+
+
+def _claim(study: Study) -> str:
+    claim = claim_of(study)
+    if claim is None:
+        return ""
+    return section("claim", "The claim", "".join(f"<p>{inline(text)}</p>" for text in (claim.text, claim.mark) if text))
+
+
+def _statistics(study: Study) -> str:
+    explanation = (
+        "Every comparison under every test. The unit that varies independently is the training run, so the test over seeds decides; Holm "
+        "corrects it over the comparisons of the table. The bootstrap draws seeds and problems. The last test counts samples of one run as "
+        "independent, as publications do; they share a model, and its p-value is too small."
+    )
+    tables = "\n".join(f"<h3>{escape(title)}</h3>{statistics_table(study, name)}" for name, title in TESTED.items())
+    return section("statistics", "Statistics", f'<p class="small">{explanation}</p>\n{tables}\n<p>{inline(resolution(study))}</p>')
+
+
+TESTED = {"hack_rate": "Hack rate", "pass_rate": "Pass rate"}
 
 
 def _verdict(study: Study) -> str:
@@ -79,10 +104,11 @@ def _hypotheses(study: Study) -> str:
 
 def _figure(study: Study, styles: dict[str, ArmStyle]) -> str:
     legend = "".join(f"<li>{swatch(arm, style)}{escape(arm)}</li>" for arm, style in styles.items())
-    pictures = "\n".join(_picture(study, panel) for panel in panels())
+    pictures = "\n".join(_picture(study, panel) for panel in panels(study))
     caption = (
-        "Thick: mean over seeds. Thin: one seed. Dashed or hollow: controls. Curves: held-out problems that training never sees, one "
-        "sample each; the last panel is the final evaluation of the table below."
+        "Lines: mean over seeds. Bands and crosses: one standard deviation over seeds. Dashed or hollow: controls. Curves: held-out "
+        "problems that training never sees, one sample each; the last panel is the final evaluation of the table below, a small point "
+        "per run."
     )
     figure = f'<figure><div class="panels">\n{pictures}\n</div>\n<figcaption>{caption}</figcaption></figure>'
     return f'<ul class="legend">{legend}</ul>\n{figure}'
@@ -90,7 +116,8 @@ def _figure(study: Study, styles: dict[str, ArmStyle]) -> str:
 
 def _picture(study: Study, panel: Panel) -> str:
     """One panel, drawn for light and for dark; the browser shows the one that fits."""
-    light, dark = (data_uri(render_svg(study, panel, theme), "image/svg+xml") for theme in ("light", "dark"))
+    drawn = render_svg(study, panel, "light")
+    light, dark = (data_uri(svg, "image/svg+xml") for svg in (drawn, darkened(drawn, study)))
     source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
     return f'<picture>{source}<img alt="{escape(panel.description)}" src="{light}"></picture>'
 
@@ -105,6 +132,7 @@ def _results(study: Study, styles: dict[str, ArmStyle]) -> str:
     if study.absent:
         parts.append(f"<p>Missing: {inline(listing([f'`{arm}` seed {seed} ({why})' for arm, seed, why in study.absent]))}.</p>")
     parts += ["<h3>Against controls and the baseline</h3>", comparisons_table(study)]
+    parts += ["<h3>The rest of the protocol</h3>", protocol_table(study, styles)]
     geometry = geometry_table(study, styles)
     if geometry:
         parts += ["<h3>What the projections did to the gradient</h3>", '<p class="small">Means over steps, then over seeds.</p>', geometry]

@@ -58,6 +58,9 @@ summary { cursor: pointer; padding: .65rem 0; } summary .swatch { vertical-align
 pre { white-space: pre-wrap; overflow-wrap: anywhere; overflow-y: auto; max-height: 26rem; line-height: 1.5; }
 pre .prompt { color: var(--soft); }
 mark { background: var(--mark); color: inherit; box-shadow: -3px 0 0 var(--mark-line); }
+.controls { display: flex; flex-wrap: wrap; gap: .5rem .8rem; align-items: center; margin: .6rem 0 1rem; }
+.controls input[type=search] { flex: 1 1 14rem; min-width: 0; } .controls input, .controls select, button { font: inherit; color: inherit;
+  background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: .35rem .6rem; }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .4rem .9rem; align-items: center; font-size: .9rem;
   max-width: 44rem; }
 .bars span:nth-child(3n) { font-variant-numeric: tabular-nums; text-align: right; }

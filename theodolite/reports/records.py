@@ -1,8 +1,9 @@
-"""Reads a study directory into plain records. Files alone: nothing of what wrote them is imported.
+"""Reads a study directory, or directories of runs, into plain records. Files alone: nothing of what wrote them is imported.
 
 A study directory holds one directory per run (``run.json``, ``metrics.jsonl``, ``timings.jsonl``, and where they exist ``config.yaml``,
-``manifest.json`` and ``rollouts/``) and ``timings.json``. What was not measured stays ``None`` here; no value is filled in, interpolated
-or guessed.
+``manifest.json`` and ``rollouts/``), ``timings.json``, and ``study.json`` where a sweep made it. A run of ``theodolite fit`` has no
+``run.json``: named by itself, its arm is its folder's name and its seed that of its config. What was not measured stays ``None`` here; no
+value is filled in, interpolated or guessed.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from theodolite.reports.arms import arm_order, known_title
+import yaml
 
-RATES = ("hack_rate", "override_rate", "pass_rate")
-"""The rates that every evaluation reports, as fractions of its rollouts."""
+from theodolite.reports.arms import arm_order, known_title
+from theodolite.reports.plan import RATES, Plan, read_plan
+
+__all__ = ["RATES", "Run", "Study", "read_metrics", "read_run", "read_study"]
 
 _RUN_NAME = re.compile(r"^(?P<arm>.+)-(?P<seed>\d+)$")
 
@@ -38,6 +41,7 @@ class Run:
         seconds: Wall time, or ``None``.
         series: ``series[key][step]`` is the logged value, or ``None`` where it was logged as not finite.
         manifest: Provenance as the run wrote it, empty where there is none.
+        hack_key: What the final hack rate is logged under.
     """
 
     directory: Path
@@ -50,6 +54,7 @@ class Run:
     seconds: float | None
     series: dict[str, dict[int, float | None]] = field(repr=False)
     manifest: dict[str, Any] = field(repr=False)
+    hack_key: str = "test/hinted/hack_rate"
 
     def curve(self, key: str) -> dict[int, float]:
         """The finite values of ``key`` by step, in order of steps."""
@@ -72,7 +77,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """The run has its final held-out hack rate."""
-        return self.final("test/hinted/hack_rate") is not None
+        return self.final(self.hack_key) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,7 @@ class Study:
         absent: ``(arm, seed, why)`` for each combination that has no final measurement.
         seconds: Wall seconds by phase of the whole study.
         cpu_count: Cores of the machine, or ``None``.
+        plan: What the study says of itself.
     """
 
     directory: Path
@@ -92,11 +98,22 @@ class Study:
     absent: tuple[tuple[str, int, str], ...]
     seconds: dict[str, float]
     cpu_count: int | None
+    plan: Plan = field(default_factory=Plan)
 
     @property
     def arms(self) -> list[str]:
-        """Names of the arms, known ones first and in their usual order."""
-        return arm_order({run.arm for run in self.runs})
+        """Names of the arms: those of the plan in its order, then known ones in their usual order, then the others by name."""
+        return _ordered({run.arm for run in self.runs}, self.plan)
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """What every arm is, in words."""
+        return {arm: self.title(arm) for arm in self.arms}
+
+    @property
+    def controls(self) -> set[str]:
+        """Arms that the plan calls controls."""
+        return {arm for arm, about in self.plan.arms.items() if about.get("control")}
 
     @property
     def seeds(self) -> list[int]:
@@ -116,45 +133,60 @@ class Study:
         return next((run.note for run in self.of(arm) if run.note), "")
 
 
-def read_study(study_dir: Path) -> Study:
-    """Read every run of a study.
+def read_study(study_dir: Path, *more: Path) -> Study:
+    """Read every run of a study, or of several directories.
 
     Args:
-        study_dir: Directory that holds one directory per run.
+        study_dir: Directory that holds one directory per run, or a run's directory.
+        more: Further ones; plan and timings are the first directory's.
 
     Raises:
-        FileNotFoundError: The directory does not exist.
-        ValueError: It holds no run, a file is not what it should be, or two runs claim the same arm and seed.
+        FileNotFoundError: A directory does not exist.
+        ValueError: There is no run, a file is not what it should be, or two runs claim the same arm and seed.
     """
-    if not study_dir.is_dir():
-        raise FileNotFoundError(
-            f"study directory {study_dir} does not exist: give the directory that holds one <arm>-<seed> directory per run"
-        )
-    folders = sorted(path for path in study_dir.iterdir() if path.is_dir())
-    runs = [read_run(folder) for folder in folders if (folder / "run.json").is_file()]
+    plan, folders, runs = read_plan(study_dir), [], []
+    for path in (study_dir, *more):
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"study directory {path} does not exist: give the directory that holds one <arm>-<seed> directory per run"
+            )
+        if (path / "run.json").is_file() or (path / "metrics.jsonl").is_file():
+            runs.append(read_run(path, plan))
+            continue
+        inside = sorted(folder for folder in path.iterdir() if folder.is_dir())
+        folders += inside
+        runs += [read_run(folder, plan) for folder in inside if (folder / "run.json").is_file()]
     if not runs:
         raise ValueError(f"{study_dir} holds no run: expected directories <arm>-<seed> with a run.json each")
     _refuse_duplicates(runs)
-    rank = {arm: index for index, arm in enumerate(arm_order({run.arm for run in runs}))}
+    rank = {arm: index for index, arm in enumerate(_ordered({run.arm for run in runs}, plan))}
     runs.sort(key=lambda run: (rank[run.arm], run.seed))
     timings = _read_object(study_dir / "timings.json") if (study_dir / "timings.json").is_file() else {}
     cpu_count = timings.get("cpu_count")
     return Study(
         directory=study_dir,
         runs=tuple(runs),
-        absent=tuple(_absent(runs, folders)),
+        absent=tuple(_absent(runs, folders, plan)),
         seconds={str(phase): float(value) for phase, value in timings.get("seconds", {}).items() if _number(value) is not None},
         cpu_count=cpu_count if isinstance(cpu_count, int) else None,
+        plan=plan,
     )
 
 
-def read_run(directory: Path) -> Run:
+def _ordered(arms: Iterable[str], plan: Plan) -> list[str]:
+    present = set(arms)
+    planned = [arm for arm in plan.arms if arm in present]
+    return planned + arm_order(present - set(planned))
+
+
+def read_run(directory: Path, plan: Plan | None = None) -> Run:
     """Read one run directory.
 
     Raises:
         ValueError: ``run.json`` lacks its arm or seed, or a file is malformed.
     """
-    about = _read_object(directory / "run.json")
+    plan = plan or Plan()
+    about = _read_object(directory / "run.json") if (directory / "run.json").is_file() else _plain_run(directory)
     if not isinstance(about.get("arm"), str) or not isinstance(about.get("seed"), int):
         raise ValueError(f'{directory / "run.json"} must name its run: {{"arm": text, "seed": whole number, ...}}')
     logs = [path for path in (directory / "metrics.jsonl", directory / "timings.jsonl") if path.is_file()]
@@ -163,14 +195,26 @@ def read_run(directory: Path) -> Run:
         directory=directory,
         arm=about["arm"],
         seed=about["seed"],
-        title=str(about.get("arm_title") or ""),
-        note=str(about.get("note") or ""),
+        title=str(plan.arms.get(about["arm"], about).get("title") or about.get("arm_title") or ""),
+        note=str(plan.arms.get(about["arm"], about).get("note") or ""),
         command=str(about.get("command") or ""),
         configs=tuple(str(path) for path in about.get("config") or ()),
         seconds=_number(about.get("seconds")),
         series={key: values for path in logs for key, values in read_metrics(path).items()},
         manifest=_read_object(manifest) if manifest.is_file() else {},
+        hack_key=plan.measures["hack_rate"],
     )
+
+
+def _plain_run(directory: Path) -> dict[str, Any]:
+    """What ``run.json`` would say of a run that no study started."""
+    path = directory / "config.yaml"
+    seed = yaml.safe_load(path.read_text(encoding="utf-8")).get("seed_everything") if path.is_file() else None
+    match = _RUN_NAME.match(directory.name)
+    if not isinstance(seed, int) and match is None:
+        raise ValueError(f"{directory} says neither in a config.yaml nor in its name (<arm>-<seed>) which seed it had")
+    arm = match["arm"] if match else directory.name
+    return {"arm": arm, "seed": seed if isinstance(seed, int) else int(match["seed"] if match else 0)}
 
 
 def read_metrics(path: Path) -> dict[str, dict[int, float | None]]:
@@ -225,10 +269,10 @@ def _refuse_duplicates(runs: list[Run]) -> None:
             raise ValueError(f"{first} and {run.directory} both claim arm {run.arm!r} with seed {run.seed}: keep one of them")
 
 
-def _absent(runs: list[Run], folders: Iterable[Path]) -> list[tuple[str, int, str]]:
+def _absent(runs: list[Run], folders: Iterable[Path], plan: Plan) -> list[tuple[str, int, str]]:
     """Combinations of arm and seed without a final measurement, and why."""
     by_key = {(run.arm, run.seed): run for run in runs}
-    arms = arm_order({run.arm for run in runs})
+    arms = _ordered({run.arm for run in runs}, plan)
     seeds = sorted({run.seed for run in runs})
     absent = []
     for arm in arms:

@@ -56,7 +56,7 @@ def caveats(study: Study) -> list[str]:
     seeds = {arm: arm_spread(study, arm, "hack_rate").n for arm in study.arms}
     if len(set(seeds.values())) > 1:
         text = listing([f"`{arm}` {n}" for arm, n in seeds.items()])
-        items.append(f"Arms have unequal numbers of finished seeds ({text}): paired differences use the common seeds only.")
+        items.append(f"Arms have unequal numbers of finished seeds ({text}): arms with unequal seeds are not compared with one another.")
     return [item for item in items if item]
 
 
@@ -68,7 +68,7 @@ def resolution(study: Study) -> str:
     sd, n = pooled_difference_sd(comparisons), min((item.n for item in comparisons), default=0)
     limits = resolvable_difference(sd, n) if sd is not None else None
     if sd is None or limits is None:
-        return "With fewer than two common seeds per arm no difference can be resolved."
+        return "With fewer than two seeds per arm no difference can be resolved."
     return (
         f"n={n} seeds cannot resolve small differences. At the observed spread (pooled standard deviation of paired differences in "
         f"hack rate to `vanilla`: {100 * sd:.1f} points) an observed difference must exceed {100 * limits[0]:.1f} points for its "

@@ -148,7 +148,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _sample(kind: str, seed: int, row: dict[str, Any]) -> Sample:
-    prompt, completion, reward = _text(row["prompt"]), str(row["completion"]), row.get("reward")
+    prompt, completion, reward = prompt_text(row["prompt"]), str(row["completion"]), row.get("reward")
     name = str(row.get("evaluator") or evaluator_name(prompt))
     return Sample(
         kind=kind,
@@ -162,7 +162,7 @@ def _sample(kind: str, seed: int, row: dict[str, Any]) -> Sample:
     )
 
 
-def _text(prompt: object) -> str:
+def prompt_text(prompt: object) -> str:
     """A prompt as text, whether raw text or chat messages."""
     if isinstance(prompt, str):
         return prompt

@@ -8,28 +8,27 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from theodolite.functional.statistics import Spread, spread, t_interval
-from theodolite.reports.records import RATES, Run, Study
+from theodolite.reports.plan import RATES
+from theodolite.reports.records import Run, Study
 
 Direction = Literal["lower", "higher", "unresolved", "single", "none"]
-"""What a comparison shows: the interval lies below 0, above 0, contains 0; only one common seed; no common seed."""
-
-MEASURES = {rate: f"test/hinted/{rate}" for rate in RATES} | {"unseen_pass_rate": "test/unseen/pass_rate"}
-"""Final measures of a run and the keys that they are logged under."""
+"""What a comparison shows: the interval lies below 0, above 0, contains 0; both arms have one seed; they cannot be compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """``arm`` minus ``against``, paired by seed over the seeds that both finished.
+    """``arm`` minus ``against``, paired by seed. Arms with unequal seeds are not compared: a mean over others is another quantity.
 
     Attributes:
         arm: The arm of interest.
         against: What it is compared with.
-        measure: One of :data:`MEASURES`.
-        seeds: The common seeds.
-        differences: One per common seed.
+        measure: One of :data:`~theodolite.reports.plan.MEASURES`.
+        seeds: The seeds of both.
+        differences: One per seed.
         mean: Their mean.
         low: Lower end of the two-sided 95 % t interval of the mean; ``None`` below two seeds.
         high: Upper end.
+        refusal: Why they are not compared, naming the runs that are missing; empty where they are.
     """
 
     arm: str
@@ -40,10 +39,11 @@ class Comparison:
     mean: float | None
     low: float | None
     high: float | None
+    refusal: str = ""
 
     @property
     def n(self) -> int:
-        """Number of common seeds."""
+        """Number of seeds."""
         return len(self.seeds)
 
     @property
@@ -68,28 +68,33 @@ class Comparison:
         return "higher" if self.low > 0 else "unresolved"
 
 
-def measure(run: Run, name: str) -> float | None:
-    """A final measure of a run by its name in :data:`MEASURES`."""
-    return run.final(MEASURES[name])
+def measure(study: Study, run: Run, name: str) -> float | None:
+    """A final measure of a run by its name in :data:`~theodolite.reports.plan.MEASURES`."""
+    return run.final(study.plan.measures[name])
+
+
+def measured(study: Study, arm: str, name: str) -> dict[int, float]:
+    """The seeds of an arm for which a final measure exists, and its values."""
+    return {run.seed: value for run in study.of(arm) if (value := measure(study, run, name)) is not None}
 
 
 def compare(study: Study, arm: str, against: str, name: str) -> Comparison:
-    """``arm`` minus ``against`` in the measure ``name``, over the seeds for which both were measured."""
-    values = {run.seed: measure(run, name) for run in study.of(arm)}
-    others = {run.seed: measure(run, name) for run in study.of(against)}
-    seeds, differences = [], []
-    for seed in sorted(values.keys() & others.keys()):
-        value, other = values[seed], others[seed]
-        if value is not None and other is not None:
-            seeds.append(seed)
-            differences.append(value - other)
+    """``arm`` minus ``against`` in the measure ``name``; refused, in one sentence, where their seeds are not the same."""
+    values, others = measured(study, arm, name), measured(study, against, name)
+    missing = [f"`{against}` seed {seed}" for seed in sorted(values.keys() - others.keys())]
+    missing += [f"`{arm}` seed {seed}" for seed in sorted(others.keys() - values.keys())]
+    if missing or not values:
+        what = ", ".join(missing) if missing else f"both `{arm}` and `{against}`"
+        return Comparison(arm, against, name, (), (), None, None, None, f"not compared: {name.replace('_', ' ')} of {what} is missing")
+    seeds = sorted(values)
+    differences = [values[seed] - others[seed] for seed in seeds]
     low, high = t_interval(differences)
     return Comparison(arm, against, name, tuple(seeds), tuple(differences), spread(differences).mean, low, high)
 
 
 def arm_spread(study: Study, arm: str, name: str) -> Spread:
     """Spread of a final measure over the seeds of an arm."""
-    return spread([measure(run, name) for run in study.of(arm)])
+    return spread(list(measured(study, arm, name).values()))
 
 
 def n_rollouts(study: Study, arm: str) -> int | None:
@@ -144,4 +149,5 @@ def comparison_record(item: Comparison) -> dict[str, Any]:
         "n_lower": item.below,
         "n_higher": item.above,
         "shows": item.direction,
+        "refusal": item.refusal or None,
     }

@@ -73,7 +73,7 @@ def _rollouts(n: int | None) -> str:
 
 def _difference(item: Comparison) -> str:
     if item.mean is None:
-        return cell(NOT_MEASURED, "no common seed")
+        return f'<td><span class="absent">{inline(item.refusal)}</span></td>'
     return cell(points(item.mean), *filter(None, (interval(item), sign_count(item).removesuffix(" seeds"))))
 
 
@@ -88,7 +88,7 @@ def comparisons_table(study: Study) -> str:
     return table(
         (
             "Paired by seed",
-            "Common seeds",
+            "Seeds",
             "Hack, points [95\N{NO-BREAK SPACE}%]",
             "Override, points [95\N{NO-BREAK SPACE}%]",
             "Pass, points [95\N{NO-BREAK SPACE}%]",
@@ -137,11 +137,9 @@ def hypotheses_table(judgements: Sequence[Judgement]) -> str:
     rows = []
     for item in judgements:
         entry = item.hypothesis
-        against = f"`{entry.against}`" if isinstance(entry.against, str) else f"{100 * entry.against:g} %"
-        asked = f"`{entry.arm}` against {against}: {entry.measure.replace('_', ' ')} {entry.change} by {100 * entry.by:g} points or more"
         head = f'<th scope="row"><b>{escape(entry.name)}</b><small>{inline(entry.claim)}</small></th>'
         found = "" if item.mean is None else points(item.mean)
         ends = "" if item.low is None or item.high is None else f"[{points(item.low)}, {points(item.high)}]"
-        cells = f"<td>{inline(asked)}</td>{cell(found or NOT_MEASURED, ends)}{cell(f'n={item.n}')}"
+        cells = f"<td>{inline(entry.asked)}</td>{cell(found or NOT_MEASURED, ends)}{cell(f'n={item.n}')}"
         rows.append(f"<tr>{head}{cells}<td><b>{item.outcome}</b><small>{inline(item.reason)}</small></td></tr>")
     return table(("Hypothesis", "What was asked", "Change found, points [95\N{NO-BREAK SPACE}%]", "Seeds", "Outcome"), rows)

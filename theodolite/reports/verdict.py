@@ -48,8 +48,10 @@ class Finding:
 
 
 def questions(study: Study) -> list[tuple[str, str]]:
-    """The pairs (arm, against) that this study can ask about."""
+    """The pairs (arm, against) that this study can ask about: those of its plan, where it names some."""
     present = set(study.arms)
+    if study.plan.comparisons is not None:
+        return [(arm, against) for arm, against in study.plan.comparisons if arm in present and against in present]
     asked = [(arm, against) for arm, against in QUESTIONS if arm in present and against in present]
     named = {arm for pair in QUESTIONS for arm in pair}
     for arm in study.arms:
@@ -105,9 +107,11 @@ def _role(study: Study, arm: str, against: str) -> str:
         return "no intervention,"
     if against == "rebound":
         return "the baseline"
-    if not arm_styles([against], {against: study.title(against)})[against].control:
+    if against == "oracle":
+        return "the oracle's reward,"
+    if not arm_styles([against], {against: study.title(against)}, study.controls)[against].control:
         return "the arm"
-    return "its control" if (arm, against) in QUESTIONS else "the control"
+    return "its control" if (arm, against) in questions(study) else "the control"
 
 
 def _numbers(item: Comparison) -> str:
@@ -117,8 +121,7 @@ def _numbers(item: Comparison) -> str:
 def _no_pairs(item: Comparison, question: str) -> Finding | None:
     if item.n:
         return None
-    text = f"`{item.arm}` and `{item.against}` have no finished seed in common: {NOT_MEASURED}."
-    return Finding(question, "not measured", text)
+    return Finding(question, "not measured", f"`{item.arm}` and `{item.against}` are {item.refusal}.")
 
 
 def _honest(item: Comparison) -> str:
