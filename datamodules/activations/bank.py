@@ -24,8 +24,9 @@ from theodolite.provenance import write_json_atomic
 from theodolite.row_shards import Field, RowShards
 from theodolite.shard_work import agreed, this_rank, work_through
 
-from .bank_producer import DTYPES, ActivationProducer
+from .bank_producer import ActivationProducer
 from .documents import DocumentSource, DocumentSplit
+from .frozen_model import DTYPES
 from .positions import PositionPolicy
 
 CORPUS = "corpus.json"

@@ -76,7 +76,7 @@ def test_complete_bank_needs_neither_model_nor_corpus_and_serves_subsets(
     whole = bank(producer, corpus, tmp_path)
     whole.build()
     assert not whole.producer.loaded, "the model's memory is given back"
-    monkeypatch.setattr(ActivationProducer, "_load", lambda *_: pytest.fail("the model was loaded although the bank is complete"))
+    monkeypatch.setattr(ActivationProducer, "load", lambda *_: pytest.fail("the model was loaded although the bank is complete"))
     monkeypatch.setattr(ActivationBank, "plan", lambda _: pytest.fail("the corpus was tokenised although the bank is complete"))
     for max_rows, expected in ((None, len(whole)), (10, 10), (10_000, len(whole))):
         again = bank(producer, corpus, tmp_path, max_rows=max_rows)
