@@ -15,14 +15,17 @@ Cases, each the median over the rounds after one warm-up round:
 * ``latency``: milliseconds from handing over one such program to its verdict;
 * ``overhead``: CPU milliseconds per execution beyond the program's own, over real problems with all their tests. The program times itself
   (``time.thread_time`` around its definition and every call, the cost of reading that clock included; the process-wide clock only moves
-  with the scheduler's tick while a CPU timer runs), and that is subtracted from all CPU time that the harness caused.
+  with the scheduler's tick while a CPU timer runs), and that is subtracted from all CPU time that the harness caused. Of each program's
+  rounds the median counts.
 
-CPU time is the kernel's account of this process, the fork server and every child, so other load on the machine matters little.
+CPU time is the kernel's account, finer than its ticks, of this process, the fork server and every child. Other load on the machine still
+matters: it empties caches, and both sides then take longer. ``ours_range`` and ``peer_range`` are the rounds' least and greatest.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -96,34 +99,43 @@ class Task:
     asserts: tuple[str, ...]
 
 
-Run = Callable[[Sequence[Task]], list[float]]
-"""Runs tasks, makes sure that every test passes, and returns the CPU seconds that each program measured of itself."""
+@dataclass(frozen=True)
+class Ran:
+    """One execution. ``own_s``: what the program measured of itself; ``process_s``: CPU time of its process, start and end included."""
+
+    own_s: float
+    process_s: float
 
 
-def peer_run(tasks: Sequence[Task], cpu_s: int = 30) -> list[float]:
+Run = Callable[[Sequence[Task]], list[Ran]]
+"""Runs tasks, one after the other, and makes sure that every test passes."""
+
+
+def peer_run(tasks: Sequence[Task], cpu_s: int = 30) -> list[Ran]:
     """One interpreter per task."""
-    own = []
+    ran = []
     for task in tasks:
         text = json.dumps({"setup": task.job.setup_code, "program": task.job.program, "tests": task.asserts, "cpu_s": cpu_s})
+        before = children_s()
         done = subprocess.run([sys.executable, "-c", HARNESS], input=text, capture_output=True, text=True, timeout=6 * cpu_s, check=True)
         report = json.loads(done.stdout.splitlines()[-1])
         if report["tests_passed"] != len(task.asserts):
             raise RuntimeError(f"peer: {task.name} fails ({report['error']}), so its time means nothing")
-        own.append(report["own"])
-    return own
+        ran.append(Ran(report["own"], children_s() - before))
+    return ran
 
 
 def our_run(sandbox: Sandbox) -> Run:
     """The same through the sandbox, with the comparison that the grader makes."""
 
-    def run(tasks: Sequence[Task]) -> list[float]:
-        own = []
+    def run(tasks: Sequence[Task]) -> list[Ran]:
+        ran = []
         for task, outcome in zip(tasks, sandbox.run([task.job for task in tasks]), strict=True):
             outputs, n = outcome.outputs or (), len(task.expected)
             if len(outputs) < n or not all(map(strict_equal, task.expected, outputs[:n])):
                 raise RuntimeError(f"ours: {task.name} fails ({outcome.status}: {outcome.error}), so its time means nothing")
-            own.append(outputs[n] if len(outputs) > n else 0.0)
-        return own
+            ran.append(Ran(outputs[n] if len(outputs) > n else 0.0, outcome.cpu_s))
+        return ran
 
     return run
 
@@ -154,27 +166,31 @@ def real_tasks(path: Path) -> list[Task]:
     return tasks
 
 
-def cpu_seconds(sandbox: Sandbox) -> float:
-    """CPU time of this process, of its ended children, and of the sandbox's processes with theirs."""
-    mine = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    ticks = 0
+def children_s() -> float:
+    """CPU seconds of this process's ended children, and of theirs."""
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+
+def servers(sandbox: Sandbox) -> list[int]:
+    """The fork servers and what wraps them: every process of the workers' sessions."""
+    found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            except OSError:
-                continue
-            if int(fields[3]) in sandbox.worker_pids:
-                ticks += sum(map(int, fields[11:15]))
-    return mine + ticks / os.sysconf("SC_CLK_TCK")
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and os.getsid(int(entry.name)) in sandbox.worker_pids:
+                found.append(int(entry.name))
+    return found
 
 
-def timed(run: Run, tasks: Sequence[Task], sandbox: Sandbox) -> tuple[float, float, list[float]]:
-    """``(CPU seconds, wall seconds, the programs' own CPU seconds)``."""
-    cpu, wall = cpu_seconds(sandbox), time.perf_counter()
-    own = run(tasks)
-    wall = time.perf_counter() - wall
-    return cpu_seconds(sandbox) - cpu, wall, own
+def harness_s(pids: Sequence[int]) -> float:
+    """CPU seconds of this process and of the processes ``pids``, without their children; the kernel's count in nanoseconds."""
+    return time.process_time() + sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)  # 2: all that the scheduler gave the process
+
+
+def timed(run: Run, tasks: Sequence[Task], pids: Sequence[int]) -> tuple[float, float, list[Ran]]:
+    """``(CPU seconds of the harness, wall seconds, the executions)``."""
+    cpu, wall = harness_s(pids), time.perf_counter()
+    ran = run(tasks)
+    return harness_s(pids) - cpu, time.perf_counter() - wall, ran
 
 
 class Series:
@@ -188,18 +204,50 @@ class Series:
     def row(self) -> dict[str, Any]:
         """The case as it is written; the first round was the warm-up. ``ratio`` above 1: ours is better."""
         ours, peer = self.ours[1:], self.peer[1:]
-        a, b = statistics.median(ours), statistics.median(peer)
+        return self.compared(statistics.median(ours), statistics.median(peer))
+
+    def compared(self, ours: float, peer: float) -> dict[str, Any]:
+        """The row for these two values."""
         return {
             "case": self.case,
-            "ours": round(a, 4),
-            "peer": round(b, 4),
-            "ratio": round(a / b if self.larger_is_better else b / a, 3),
+            "ours": round(ours, 4),
+            "peer": round(peer, 4),
+            "ratio": round(ours / peer if self.larger_is_better else peer / ours, 3),
             "unit": self.unit,
             "n": self.n,
-            "rounds": len(ours),
-            "ours_range": [round(min(ours), 4), round(max(ours), 4)],
-            "peer_range": [round(min(peer), 4), round(max(peer), 4)],
+            "rounds": len(self.ours) - 1,
+            "ours_range": [round(min(self.ours[1:]), 4), round(max(self.ours[1:]), 4)],
+            "peer_range": [round(min(self.peer[1:]), 4), round(max(self.peer[1:]), 4)],
         }
+
+
+class Overhead(Series):
+    """CPU time that programs did not measure themselves. Each program's is its median over the rounds.
+
+    A round's sum would not do: the programs themselves take ten times what is looked for, and one that is disturbed for 1 % of its time
+    shows more than ten others cost.
+    """
+
+    def __init__(self, tasks: int) -> None:
+        super().__init__("overhead", "CPU ms per execution beyond the program's own", False, tasks)
+        self.harness: dict[str, list[float]] = {"ours": [], "peer": []}
+        self.beyond: dict[str, list[list[float]]] = {"ours": [], "peer": []}
+
+    def add(self, side: str, harness_s: float, ran: Sequence[Ran]) -> None:
+        """One round of one side."""
+        beyond = [1e3 * (one.process_s - one.own_s) for one in ran]
+        harness = 1e3 * harness_s / len(ran)
+        self.beyond[side].append(beyond)
+        self.harness[side].append(harness)
+        getattr(self, side).append(harness + statistics.mean(beyond))
+
+    def row(self) -> dict[str, Any]:
+        """As :meth:`Series.row`; the ranges are those of whole rounds."""
+        return self.compared(self._typical("ours"), self._typical("peer"))
+
+    def _typical(self, side: str) -> float:
+        programs = zip(*self.beyond[side][1:], strict=True)
+        return statistics.median(self.harness[side][1:]) + statistics.mean(map(statistics.median, programs))
 
 
 def measure(tasks: Sequence[Task], rounds: int, ours_n: int = 400, peer_n: int = 40) -> tuple[list[dict[str, Any]], str]:
@@ -207,18 +255,18 @@ def measure(tasks: Sequence[Task], rounds: int, ours_n: int = 400, peer_n: int =
     throughput = Series("throughput", "programs per CPU minute", True, ours_n)
     wall = Series("throughput, wall", "programs per minute, one at a time", True, ours_n)
     latency = Series("latency", "ms", False, 20)
-    overhead = Series("overhead", "CPU ms per execution beyond the program's own", False, len(tasks))
+    overhead = Overhead(len(tasks))
     with Sandbox(workers=1, limits=Limits(cpu_s=30.0, wall_s=180.0)) as sandbox:
-        ours = our_run(sandbox)
+        ours, pids = our_run(sandbox), servers(sandbox)
         for number in range(rounds + 1):
             for run, n, side in ((ours, ours_n, "ours"), (peer_run, peer_n, "peer")):
-                cpu_s, wall_s, _ = timed(run, two_sum_tasks(1000 * number, n), sandbox)
-                getattr(throughput, side).append(60 * n / cpu_s)
+                cpu_s, wall_s, ran = timed(run, two_sum_tasks(1000 * number, n), pids)
+                getattr(throughput, side).append(60 * n / (cpu_s + sum(one.process_s for one in ran)))
                 getattr(wall, side).append(60 * n / wall_s)
-                single = [timed(run, two_sum_tasks(1000 * number + 500 + k, 1), sandbox)[1] for k in range(latency.n)]
+                single = [timed(run, two_sum_tasks(1000 * number + 500 + k, 1), pids)[1] for k in range(latency.n)]
                 getattr(latency, side).append(1e3 * statistics.median(single))
-                cpu_s, _, own = timed(run, tasks, sandbox)
-                getattr(overhead, side).append(1e3 * (cpu_s - sum(own)) / len(tasks))
+                cpu_s, _, ran = timed(run, tasks, pids)
+                overhead.add(side, cpu_s, ran)
         return [series.row() for series in (throughput, wall, latency, overhead)], str(sandbox.report)
 
 

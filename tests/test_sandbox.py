@@ -432,7 +432,7 @@ def test_a_zygote_started_in_a_thread_outlives_the_thread():
 def test_start_refuses_when_the_lock_down_fails_or_does_not_hold(tmp_path, monkeypatch, damage, message):
     copy = shutil.copytree(worker._SCRIPT.parent, tmp_path / "sandbox")
     source = (copy / "lockdown.py").read_text()
-    marker = "        self._limit(resource.RLIMIT_FSIZE, output_bytes)\n"
+    marker = "        prctl, getppid, setrlimit, setitimer, filtered = self._steps\n"
     assert marker in source
     (copy / "lockdown.py").write_text(source.replace(marker, f"        {damage}\n{marker}"))
     monkeypatch.setattr(worker, "_SCRIPT", copy / "zygote.py")

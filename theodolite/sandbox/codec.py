@@ -25,7 +25,8 @@ MAX_HASHED = 4096
 
 _SMALL = 1 << 63
 _PLAIN = {int, bool, float, type(None)}
-_READABLE = {int, bool, float, str, type(None)}
+READABLE = {int, bool, float, str, type(None)}
+"""Types that JSON carries as they are."""
 
 
 def _all_small(values: list[Any]) -> bool:
@@ -115,7 +116,7 @@ class _Reader:
         kind = type(node)
         if kind is list:
             self._check_depth(depth)
-            if set(map(type, node)) <= _READABLE:
+            if set(map(type, node)) <= READABLE:
                 return node
             return [self.read(n, depth + 1) for n in node]
         if kind is not dict:

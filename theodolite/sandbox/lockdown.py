@@ -15,9 +15,11 @@ import resource
 import signal
 import struct
 import sys
+from typing import TypeAlias
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _SECCOMP_MODE_FILTER = 2
+_DIE_WITH_PARENT, _ITIMER_PROF = (_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0), signal.ITIMER_PROF
 _CAPABILITY_VERSION_3 = 0x20080522
 
 _X86_64 = {
@@ -49,6 +51,11 @@ _FCNTL_READS = (1, 3)  # F_GETFD, F_GETFL. F_SETOWN and F_SETSIG would send sign
 # Classic BPF: load a word, jump if equal / greater-or-equal, return a verdict.
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+_Step: TypeAlias = tuple[int, int, int, int]
+_ALLOWED: _Step = (_RETURN, 0, 0, _ALLOW)
+_NOTHING: _Step = (_RETURN, 0, 0, _ERRNO)
+_REFUSED: _Step = (_RETURN, 0, 0, _ERRNO | 1)
+_KILLED: _Step = (_RETURN, 0, 0, _KILL)
 _NUMBER_AT, _ARCH_AT, _SECOND_ARGUMENT_AT, _THIRD_ARGUMENT_AT = 0, 4, 24, 32
 
 
@@ -66,28 +73,42 @@ def filter_program(machine: str | None = None, reading: bool = False) -> bytes:
     if machine not in SYSTEM_CALLS or sys.maxsize < 2**32:
         raise RuntimeError(f"the sandbox has no system-call table for {machine!r} ({'/'.join(SYSTEM_CALLS)}, 64-bit); run it there")
     arch, numbers = SYSTEM_CALLS[machine]
-    code = [(_LOAD, 0, 0, _ARCH_AT), (_EQUAL, 1, 0, arch), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _NUMBER_AT)]
-    if machine == "x86_64":  # the x32 twins of every call
-        code += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]
-    for name, number in numbers.items():
-        if name != "fcntl":
-            code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO if name in _NO_OPS else _ALLOW)]
+    blocks = {number: [_NOTHING if name in _NO_OPS else _ALLOWED] for name, number in numbers.items()}
+    blocks[numbers["fcntl"]] = _fcntl_steps()
     if reading:
-        code += _reading_steps(_READING[machine])
-    code += [(_EQUAL, 0, 2 + 2 * len(_FCNTL_READS), numbers["fcntl"]), (_LOAD, 0, 0, _SECOND_ARGUMENT_AT)]
-    for command in _FCNTL_READS:
-        code += [(_EQUAL, 0, 1, command), (_RETURN, 0, 0, _ALLOW)]
-    code += [(_RETURN, 0, 0, _ERRNO | 1), (_RETURN, 0, 0, _ERRNO | 1)]
+        blocks |= _reading_blocks(_READING[machine])
+    ends = {number + 1: [_REFUSED] for number in blocks}
+    if machine == "x86_64":  # the x32 twins of every call
+        ends[0x40000000] = [_KILLED]
+    code = [(_LOAD, 0, 0, _ARCH_AT), (_EQUAL, 1, 0, arch), _KILLED, (_LOAD, 0, 0, _NUMBER_AT)]
+    starts = sorted(({0: [_REFUSED]} | ends | blocks).items())
+    code += _search([start for start, before in zip(starts, [(0, None), *starts], strict=False) if start[1] != before[1]])
     return b"".join(struct.pack("HBBI", *step) for step in code)
 
 
-def _reading_steps(numbers: dict[str, int]) -> list[tuple[int, int, int, int]]:
+def _search(blocks: list[tuple[int, list[_Step]]]) -> list[_Step]:
+    """Steps that end in the block of the largest start that is not above the loaded number.
+
+    The kernel tries a filter on every number there is when it is installed, once per job, so a row of comparisons would cost 2 % of one.
+    """
+    if len(blocks) == 1:
+        return blocks[0][1]
+    half = len(blocks) // 2
+    below, above = _search(blocks[:half]), _search(blocks[half:])
+    return [(_AT_LEAST, len(below), 0, blocks[half][0]), *below, *above]
+
+
+def _fcntl_steps() -> list[_Step]:
+    steps: list[_Step] = [(_LOAD, 0, 0, _SECOND_ARGUMENT_AT)]
+    for command in _FCNTL_READS:
+        steps += [(_EQUAL, 0, 1, command), _ALLOWED]
+    return [*steps, _REFUSED]
+
+
+def _reading_blocks(numbers: dict[str, int]) -> dict[int, list[_Step]]:
     """Listing and looking at files is allowed, opening them only with no flag that writes."""
-    steps = []
-    for name in ("newfstatat", "getdents64"):
-        steps += [(_EQUAL, 0, 1, numbers[name]), (_RETURN, 0, 0, _ALLOW)]
-    steps += [(_EQUAL, 0, 4, numbers["openat"]), (_LOAD, 0, 0, _THIRD_ARGUMENT_AT), (_ANY_BIT, 0, 1, _WRITE_FLAGS)]
-    return [*steps, (_RETURN, 0, 0, _ERRNO | 1), (_RETURN, 0, 0, _ALLOW)]
+    opening: list[_Step] = [(_LOAD, 0, 0, _THIRD_ARGUMENT_AT), (_ANY_BIT, 0, 1, _WRITE_FLAGS), _REFUSED, _ALLOWED]
+    return {number: opening if name == "openat" else [_ALLOWED] for name, number in numbers.items()}
 
 
 class Jail:
@@ -100,10 +121,12 @@ class Jail:
 
     def __init__(self, filtered: bool = True, reading: bool = False) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
-        self._filtered = filtered
         program = filter_program(reading=reading) if filtered else b""
         self._code = ctypes.create_string_buffer(program, len(program))
         self._filter = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(self._code)))
+        # Bound once, and without a lock to release or an error number to keep: every object that a child looks up is a page to copy.
+        install = (_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._filter, 0, 0) if filtered else ()
+        self._steps = (ctypes.PyDLL(None).prctl, os.getppid, resource.setrlimit, signal.setitimer, install)
         self._hard = {kind: _hard_limit(kind) for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_CPU, resource.RLIMIT_AS)}
         self._own_bytes = 0
 
@@ -120,26 +143,27 @@ class Jail:
         with open("/proc/self/statm", "rb") as statm:
             self._own_bytes = int(statm.read().split()[0]) * resource.getpagesize()
 
-    def die_with_parent(self, parent: int) -> None:
-        """The kernel kills this process when its parent ends. Raises ``OSError`` if it already has."""
-        self._check(self._libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
-        if os.getppid() != parent:
-            raise OSError("the zygote is gone")
+    def limits(self, cpu_s: float, memory_bytes: int, output_bytes: int) -> list[tuple[int, tuple[int, int]]]:
+        """What :meth:`lock_down` sets, worked out in the server: a child would have to copy every page that it works on."""
+        wanted = (
+            (resource.RLIMIT_FSIZE, output_bytes),
+            (resource.RLIMIT_CPU, math.ceil(cpu_s) + 1),  # a backstop: the timer has fractions
+            (resource.RLIMIT_AS, self._own_bytes + memory_bytes),
+        )
+        return [(kind, (min(value, self._hard[kind]),) * 2) for kind, value in wanted]
 
-    def lock_down(self, cpu_s: float, memory_bytes: int, output_bytes: int) -> None:
-        """Set the limits and install the filter, in a child. Raises ``OSError`` when any step fails."""
-        self._limit(resource.RLIMIT_FSIZE, output_bytes)
-        self._limit(resource.RLIMIT_CPU, math.ceil(cpu_s) + 1)  # a backstop: the timer below has fractions
-        self._limit(resource.RLIMIT_AS, self._own_bytes + memory_bytes)
-        signal.setitimer(signal.ITIMER_PROF, cpu_s)  # SIGPROF ends the process; the filter leaves no way to catch or block it
-        if self._filtered:
-            self._check(self._libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._filter, 0, 0), "prctl(PR_SET_SECCOMP)")
-        else:
-            resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-
-    def _limit(self, kind: int, value: int) -> None:
-        value = min(value, self._hard[kind])
-        resource.setrlimit(kind, (value, value))
+    def lock_down(self, parent: int, limits: list[tuple[int, tuple[int, int]]], cpu_s: float) -> None:
+        """Die with the parent, set the limits and install the filter, in a child. Raises ``OSError`` when any step fails."""
+        prctl, getppid, setrlimit, setitimer, filtered = self._steps
+        if prctl(*_DIE_WITH_PARENT) or getppid() != parent:
+            raise OSError("prctl(PR_SET_PDEATHSIG) failed, or the server is gone")
+        for kind, value in limits:
+            setrlimit(kind, value)
+        setitimer(_ITIMER_PROF, cpu_s)  # SIGPROF ends the process; the filter leaves no way to catch or block it
+        if not filtered:
+            setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        elif prctl(*filtered):
+            raise OSError("prctl(PR_SET_SECCOMP) failed")
 
     @staticmethod
     def _check(result: int, what: str) -> None:

@@ -179,7 +179,8 @@ def _read_answer(answer: Any, expected: Expected) -> Outcome:
 
 def _read_output(output: Any) -> Any:
     if isinstance(output, list) and len(output) == 1:
-        return codec.from_wire(output[0])
+        value = output[0]
+        return value if type(value) in codec.READABLE else codec.from_wire(value)
     if not isinstance(output, dict):
         raise ValueError("neither a value nor an exception")
     return Raised(str(output["type"])[:80], str(output["message"])[:160])

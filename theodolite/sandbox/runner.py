@@ -9,10 +9,13 @@ import builtins
 import json
 import marshal
 import sys
+from json.encoder import c_make_encoder, encode_basestring_ascii
 from types import CodeType, ModuleType
 from typing import Any
 
 _dumps, _loads = json.dumps, marshal.loads
+# What json.dumps comes to, without the way there: no markers against cycles, since what is encoded was copied and holds none.
+_encode: Any = c_make_encoder(None, None, encode_basestring_ascii, None, ": ", ", ", False, False, True)
 
 # Looked up before any fork. All of builtins would cost a tenth of a job: comparing touches, and so copies, the page of every value.
 _WATCHED = {name: vars(builtins)[name] for name in ("__import__", "eval", "exec", "isinstance", "len", "print", "sum", "type")}
@@ -87,7 +90,8 @@ class _Run:
             return self._encoded("memory", error=_describe(error))
 
     def _encoded(self, status: str, **fields: Any) -> bytes:
-        return _dumps({"token": self.job["token"], "status": status, "tampered": self._tampered(), "bound": self.bound, **fields}).encode()
+        answer = {"token": self.job["token"], "status": status, "tampered": self._tampered(), "bound": self.bound, **fields}
+        return "".join(_encode(answer, 0)).encode()
 
     def _tampered(self) -> bool:
         """The program has changed what does not belong to it. Only the careless are caught: this runs where the program ran."""

@@ -25,7 +25,7 @@ _SCRIPT = Path(zygote.__file__).resolve()
 def _environment() -> dict[str, str]:
     """The zygote's whole environment: the order of a set must not differ between workers, and the interpreter must find its libraries."""
     libraries = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    return {"PYTHONHASHSEED": "0"} | libraries
+    return {"PYTHONHASHSEED": "0", "LD_BIND_NOW": "1"} | libraries
 
 
 class WorkerDied(Exception):
@@ -130,7 +130,17 @@ class Worker:
             "reading": self._reading,
             "cpu": self._cpu,
         }
-        return [*wrapper(self._tier, _SCRIPT.parent), sys.executable, "-s", "-P", "-S", str(_SCRIPT), json.dumps(settings)]
+        return [
+            *wrapper(self._tier, _SCRIPT.parent),
+            sys.executable,
+            "-s",
+            "-P",
+            "-S",
+            "-X",
+            "no_debug_ranges",
+            str(_SCRIPT),
+            json.dumps(settings),
+        ]
 
     def wait_ready(self) -> None:
         """Wait for the spawned zygote. Raises ``RuntimeError`` when it does not come up."""
@@ -183,10 +193,10 @@ class Worker:
         self._running = _Running(limits, expected, answer_fd, time.monotonic() + limits.wall_s + self._grace_s)
         try:
             sizes = (limits.memory_mb << 20, limits.output_kb << 10)
-            request = zygote.REQUEST.pack(limits.cpu_s, limits.wall_s, *sizes, self._prelude(imports))
-            with os.fdopen(job_fd, "wb", closefd=False) as file:
-                file.write(job)
-            os.lseek(job_fd, 0, os.SEEK_SET)
+            request = zygote.REQUEST.pack(limits.cpu_s, limits.wall_s, *sizes, len(job), self._prelude(imports))
+            written = 0
+            while written < len(job):
+                written += os.pwrite(job_fd, job[written:], written)
             socket.send_fds(self._socket(), [request], [job_fd, answer_fd])
         except OSError as error:
             raise WorkerDied(str(error)) from error
@@ -215,7 +225,8 @@ class Worker:
             raise WorkerDied(str(error)) from error
         if len(reply) != zygote.REPLY.size:
             raise WorkerDied("the fork server ended")
-        raw = os.pread(running.answer_fd, (running.limits.output_kb << 10) + 1, 0)
+        size = min(os.fstat(running.answer_fd).st_size, (running.limits.output_kb << 10) + 1)
+        raw = os.pread(running.answer_fd, size, 0)
         os.close(running.answer_fd)
         self._running = None
         return judge(zygote.REPLY.unpack(reply), raw, running.limits, running.expected)

@@ -15,7 +15,6 @@ the trusted side took from setup code; children that name it start with them don
 
 from __future__ import annotations
 
-import array
 import contextlib
 import ctypes
 import gc
@@ -34,8 +33,8 @@ import time
 from types import ModuleType
 from typing import Any
 
-REQUEST = struct.Struct("=ddQQB")
-"""cpu_s, wall_s, memory_bytes, output_bytes, number of the prelude (0: none)."""
+REQUEST = struct.Struct("=ddQQQB")
+"""cpu_s, wall_s, memory_bytes, output_bytes, bytes of the job, number of the prelude (0: none)."""
 
 MAX_PRELUDES = 16
 """Different preludes that a zygote keeps; numbers start at 1, in the order in which they came."""
@@ -45,6 +44,10 @@ PRELUDE_BYTES = 16384
 
 REPLY = struct.Struct("=iddQB")
 """Wait status (-1: no child), CPU seconds, wall seconds, peak resident bytes, 1 if killed at the wall limit."""
+
+_DESCRIPTORS, _STATUS = struct.Struct("=ii"), struct.Struct("=i")
+_USAGE = struct.Struct("=5q")
+"""How ``struct rusage`` begins on 64-bit Linux: user time, system time (s, us each), peak resident KiB."""
 
 LOCKDOWN_FAILED = signal.SIGUSR1
 """A child that could not lock itself down dies of this signal. After lock-down no signal can be sent, so no program can pretend."""
@@ -63,6 +66,8 @@ FULL_MODULES = (
     "unicodedata", "unittest", "uuid", "warnings", "weakref", "zlib",
 )  # fmt: skip
 """Imported once, before any fork. A child can open no file, so a program can import these and what they import, and nothing else."""
+
+_UNWANTED = ("_hashlib", "_uuid")
 
 _REHEARSAL = marshal.dumps(
     {
@@ -83,7 +88,11 @@ _REHEARSAL = marshal.dumps(
 def main() -> None:
     """Serve jobs until the control socket closes or the parent is gone."""
     settings = json.loads(sys.argv[1])
-    for name in ("PWD", "LD_LIBRARY_PATH"):  # bubblewrap's, and the interpreter's: programs see the same environment everywhere
+    for name in (
+        "PWD",
+        "LD_LIBRARY_PATH",
+        "LD_BIND_NOW",
+    ):  # bubblewrap's, and the interpreter's: programs see the same environment everywhere
         os.environ.pop(name, None)
     if settings["cpu"] is not None:
         os.sched_setaffinity(0, {settings["cpu"]})
@@ -105,11 +114,13 @@ def main() -> None:
 
 
 def _import_all(names: tuple[str, ...]) -> None:
-    """Import what programs may use. Without OpenSSL, whose pages every fork would copy: hashlib has its own implementations."""
-    sys.modules["_hashlib"] = None  # type: ignore[assignment]
+    """Import what programs may use. Without shared libraries that every fork would copy and Python can do without: OpenSSL, libuuid."""
+    for unwanted in _UNWANTED:
+        sys.modules[unwanted] = None  # type: ignore[assignment]
     for name in names:
         importlib.import_module(name)
-    del sys.modules["_hashlib"]
+    for unwanted in _UNWANTED:
+        del sys.modules[unwanted]
 
 
 def _reserve_low_descriptors(*wanted: int) -> list[int]:
@@ -135,12 +146,16 @@ class _Server:
         self.confined = settings["tier"] != "unsafe"
         self.jail: Any = parts["lockdown"].Jail(filtered=self.confined, reading=bool(settings["reading"]))
         # The C library's fork instead of os.fork: no thread exists here, so Python's after-fork repairs (a third of a job's cost) are void.
-        self.fork = ctypes.PyDLL(None).fork
+        self.fork, self.wait4 = ctypes.PyDLL(None).fork, ctypes.PyDLL(None).wait4
+        self.status, self.usage = ctypes.create_string_buffer(_STATUS.size), ctypes.create_string_buffer(144)
         self.parent = parent
         self.preludes = [ModuleType("solution")]
-        self.idle = select.poll()
+        self.last = max(control.fileno(), parent)
+        self.idle, self.running = select.poll(), select.poll()
         self.idle.register(control, select.POLLIN)
-        self.idle.register(parent, select.POLLIN)
+        self.running.register(control, 0)  # hang-up only
+        for poll in (self.idle, self.running):
+            poll.register(parent, select.POLLIN)
         self.landlock = 0
 
     def confine(self, reading: list[str]) -> None:
@@ -169,12 +184,20 @@ class _Server:
             if len(request) != REQUEST.size:
                 self._add_prelude(request.decode())
                 continue
-            descriptors = array.array("i")
-            for _level, _type, data in ancillary:
-                descriptors.frombytes(data)
-            reply = self._run_child(REQUEST.unpack(request), list(descriptors))
-            with contextlib.suppress(BrokenPipeError):  # the parent left; the next poll says so
+            self._place(*_DESCRIPTORS.unpack(ancillary[0][2]))
+            reply = self._run_child(*REQUEST.unpack(request))
+            try:
                 self.control.send(reply)
+            except BrokenPipeError:  # the parent left; the next poll says so
+                continue
+
+    @staticmethod
+    def _place(job: int, answer: int) -> None:
+        """Put what was passed where the child looks for it; what a server writes after a fork is copied, so it does this before."""
+        os.dup2(job, JOB_FD)
+        os.dup2(answer, ANSWER_FD)
+        os.close(job)
+        os.close(answer)
 
     def _add_prelude(self, imports: str) -> None:
         """Make a module that children find with its imports done."""
@@ -184,71 +207,64 @@ class _Server:
         gc.collect()
         gc.freeze()
 
-    def _run_child(self, request: tuple[float, float, int, int, int], descriptors: list[int]) -> bytes:
+    def _run_child(self, cpu_s: float, wall_s: float, memory_bytes: int, output_bytes: int, job_bytes: int, prelude: int) -> bytes:
+        limits, module, zygote = self.jail.limits(cpu_s, memory_bytes, output_bytes), self.preludes[prelude], os.getpid()
         started = time.monotonic()
-        zygote = os.getpid()
         pid = self.fork()
         if pid == 0:
-            _child(self, zygote, request, descriptors)
-        for descriptor in descriptors:
-            os.close(descriptor)
+            self._child(zygote, limits, cpu_s, job_bytes, output_bytes, module)
         if pid < 0:
             return REPLY.pack(-1, 0.0, 0.0, 0, 0)
-        killed = not self._wait(pid, started + request[1])
-        _, status, usage = os.wait4(pid, 0)
+        killed = not self._wait(pid, started + wall_s)
+        if self.wait4(pid, self.status, 0, self.usage) != pid:
+            return REPLY.pack(-1, 0.0, 0.0, 0, 0)
         if not self.confined:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
-        cpu = usage.ru_utime + usage.ru_stime
-        return REPLY.pack(status, cpu, time.monotonic() - started, usage.ru_maxrss * 1024, killed)
+        user_s, user_us, system_s, system_us, peak_kib = _USAGE.unpack_from(self.usage)
+        cpu = user_s + system_s + (user_us + system_us) / 1e6
+        return REPLY.pack(_STATUS.unpack(self.status)[0], cpu, time.monotonic() - started, peak_kib * 1024, killed)
 
     def _wait(self, pid: int, deadline: float) -> bool:
         """Wait for the child to end; kills it and returns False at the deadline. Ends with the parent."""
         process = os.pidfd_open(pid)
+        self.running.register(process, select.POLLIN)
         try:
-            poll = select.poll()
-            poll.register(process, select.POLLIN)
-            poll.register(self.parent, select.POLLIN)
-            poll.register(self.control, 0)  # hang-up only
             while (left := deadline - time.monotonic()) > 0:
-                ready = dict(poll.poll(left * 1000 + 1))
-                if process in ready:
-                    return True
+                ready = self.running.poll(left * 1000 + 1)
+                for descriptor, _ in ready:
+                    if descriptor == process:
+                        return True
                 if ready:
                     os.kill(pid, signal.SIGKILL)
                     os._exit(0)
             os.kill(pid, signal.SIGKILL)
             return False
         finally:
+            self.running.unregister(process)
             os.close(process)
 
-
-def _child(server: _Server, zygote: int, request: tuple[float, float, int, int, int], descriptors: list[int]) -> None:
-    """Lock down, then read the job, run it, answer, end. Never returns."""
-    cpu_s, _, memory_bytes, output_bytes, prelude = request
-    try:
-        server.jail.die_with_parent(zygote)
-        if not server.confined:
-            os.setpgid(0, 0)  # so that what it forks can be found
-        os.dup2(descriptors[0], JOB_FD)
-        os.dup2(descriptors[1], ANSWER_FD)
-        os.closerange(ANSWER_FD + 1, max(descriptors) + 1)  # the control socket and the parent lie below what was passed
-        server.jail.lock_down(cpu_s, memory_bytes, output_bytes)
-    except BaseException:
-        os.kill(os.getpid(), LOCKDOWN_FAILED)
-    try:
-        answer = server.runner.answer(_read_all(JOB_FD), output_bytes, server.codec, server.preludes[prelude])
-        while answer:
-            answer = answer[os.write(ANSWER_FD, answer) :]
-    except BaseException:
-        os._exit(1)
-    os._exit(0)
+    def _child(self, zygote: int, limits: Any, cpu_s: float, job_bytes: int, output_bytes: int, module: ModuleType) -> None:
+        """Lock down, then read the job, run it, answer, end. Never returns."""
+        try:
+            os.closerange(ANSWER_FD + 1, self.last + 1)  # the control socket and the parent
+            self.jail.lock_down(zygote, limits, cpu_s)
+        except BaseException:
+            os.kill(os.getpid(), LOCKDOWN_FAILED)
+        try:
+            answer = self.runner.answer(_read_all(job_bytes), output_bytes, self.codec, module)
+            while answer:
+                answer = answer[os.write(ANSWER_FD, answer) :]
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
 
 
-def _read_all(descriptor: int) -> bytes:
+def _read_all(size: int) -> bytes:
     parts: list[bytes] = []
-    while part := os.read(descriptor, 1 << 20):
+    while part := os.read(JOB_FD, size):
         parts.append(part)
+        size -= len(part)
     return b"".join(parts)
 
 
