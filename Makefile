@@ -11,7 +11,7 @@ PYTEST := $(RUN) -m pytest
 FAST := not slow and not gpu and not peers and not vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm venv-peers bench-projection bench-grading bench-grpo bench-recovery bench-best-of-k bench-pgd demo demo-decomposition demo-transcoder bench-transcoder venv-coders wheel demo-talkative
+.PHONY: help setup check format test test-slow test-distributed test-gpu test-peers test-vllm venv-peers bench-projection bench-grading bench-grpo bench-recovery bench-best-of-k bench-pgd demo experiment demo-decomposition demo-transcoder bench-transcoder venv-coders wheel demo-talkative
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -105,6 +105,9 @@ test-vllm: setup ## tests that need vLLM
 
 demo: setup ## the study from warm start to report on 2 cores, in under 10 minutes: runs/demo/report/index.html
 	@$(RUN) -m theodolite.demo --out runs/demo
+
+experiment: setup ## both acts of the experiment on 2 cores, in under 45 minutes: runs/experiment/act_one/report/index.html
+	@$(RUN) -m theodolite.experiment --out runs/experiment
 
 bench-recovery: setup ## do toy decompositions recover the ground truth, over 3 seeds; JSON=FILE keeps the numbers, CASES="tms_5-2 ..."
 	@$(RUN) benchmarks/decomposition_recovery.py $(if $(JSON),--json $(JSON)) $(if $(CASES),--cases $(CASES))
