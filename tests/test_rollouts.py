@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tiny_policies import ragged, tiny_model, tokenizer
 
 from theodolite.lightning_modules.decoding import Sampling, draw, truncate
+from theodolite.lightning_modules.policy import add_lora
+from theodolite.lightning_modules.prompt_attention import supports_prompt_attention
 from theodolite.lightning_modules.rollouts import HFRollout, RolloutEngine, Sample
 from theodolite.seeds import derive_seed
 
@@ -74,6 +76,34 @@ def test_sample_does_not_depend_on_company_turns_or_group_size() -> None:
         assert same >= 0.999 * len(flat), name
     assert [[s.ids for s in samples] for samples in alone] == [[s.ids for s in samples[:4]] for samples in together]
     assert len(set(flat)) > 0.9 * len(flat)
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("gpt2", (3,) * 8), ("qwen3", (7, 0, 3, 1, 9, 2, 0, 4)), ("qwen3", (40, 1, 1, 1, 1, 1, 1, 1))])
+def test_shared_prompts_and_own_caches_draw_the_same_in_groups_of_any_sizes(kind: str, sizes: tuple[int, ...]) -> None:
+    model: Any = tiny_model(kind)
+    sampling, ends = Sampling(8), tuple(range(0, 280, 14))
+    groups = [[derive_seed("sizes", p, i) for i in range(n)] for p, n in enumerate(sizes)]
+    shared, own = engine(model, ends), engine(model, ends)
+    own._shares_prompts = False
+    found, expected = (made.generate(PROMPTS, sampling, groups) for made in (shared, own))
+    assert shared._shares_prompts
+    assert [[s.ids for s in group] for group in found] == [[s.ids for s in group] for group in expected]
+    for ours, theirs in zip((s for g in found for s in g), (s for g in expected for s in g), strict=True):
+        assert ours.log_probs == pytest.approx(theirs.log_probs, abs=1e-5)
+        assert ours.finish == theirs.finish
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_only_plain_attention_over_all_tokens_in_full_precision_shares_prompts() -> None:
+    for kind in ("qwen3", "llama", "gpt2"):
+        assert supports_prompt_attention(tiny_model(kind))
+    assert supports_prompt_attention(add_lora(tiny_model("qwen3"), {"r": 2, "target_modules": "all-linear"}, seed=0).eval())
+    full = {"layer_types": ["full_attention"] * 2}
+    assert not supports_prompt_attention(tiny_model("gemma2_window", **full, attn_logit_softcapping=2.0))
+    assert not supports_prompt_attention(tiny_model("mistral_window"))
+    assert not supports_prompt_attention(tiny_model("qwen3", dtype="bfloat16"))
+    assert not supports_prompt_attention(tiny_model("qwen3", attn_implementation="eager"))
+    assert not supports_prompt_attention(nn.Linear(2, 2))
 
 
 def test_completion_stops_at_its_first_end_token_or_at_the_limit() -> None:
