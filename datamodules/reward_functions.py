@@ -14,7 +14,7 @@ from typing import Any
 
 from theodolite.protocols import Grade, Reward, Verdict
 
-from .reward_worker import load
+from .reward_worker import load, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,8 @@ class RewardFunctions:
     as ``[{"role": "assistant", "content": text}]``.
 
     Args:
-        functions: Import paths, e.g. ``my_rewards.length``.
+        functions: Import paths, e.g. ``my_rewards.length`` or ``path/to/my_rewards.py:length``. Their names differ: rewards are logged by
+            them.
         weights: One per function; None = 1 each.
         passes_at: Reward from which a completion counts as passed.
         oracle: Import path of a function of the same signature whose truthy values mean *correct*: only measured, never trained on. None =
@@ -38,7 +39,7 @@ class RewardFunctions:
         timeout_s: Seconds per function and call.
 
     Raises:
-        ValueError: A function cannot be imported, or weights do not match.
+        ValueError: A function cannot be imported, two have one name, or weights do not match.
     """
 
     def __init__(
@@ -55,10 +56,19 @@ class RewardFunctions:
             raise ValueError(
                 f"{len(self.functions)} reward functions came with {len(self.weights)} weights; give at least one, and as many."
             )
+        self.names = [name_of(path) for path in self.functions]
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(
+                f"Two of the reward functions {', '.join(self.functions)} have the same name; rewards are logged by it, rename one."
+            )
         for path in [*self.functions, *([oracle] if oracle else [])]:
             load(path)
         self._process: subprocess.Popen[str] | None = None
         self._replies: queue.Queue[str] = queue.Queue()
+
+    def described(self) -> dict[str, Any]:
+        """Functions, weights and oracle as plain data, for a manifest."""
+        return {"functions": self.functions, "weights": self.weights, "passes_at": self.passes_at, "oracle": self.oracle}
 
     def start(self) -> None:
         """Start the process; idempotent."""
@@ -86,7 +96,7 @@ class RewardFunctions:
         return [self._grade(answer, correct, i) for i, answer in enumerate(answers)]
 
     def _grade(self, answers: Sequence[float | str | None], correct: list[float | None] | str | None, i: int) -> Grade:
-        parts = {path.rpartition(".")[2]: _number(answer) for path, answer in zip(self.functions, answers, strict=True)}
+        parts = {name: _number(answer) for name, answer in zip(self.names, answers, strict=True)}
         status = next((answer for answer in answers if isinstance(answer, str)), None)
         scored = [weight * value for weight, value in zip(self.weights, parts.values(), strict=True) if value == value]
         value = sum(scored) if scored and status is None else float("nan")

@@ -8,26 +8,45 @@ What the functions print goes to standard error. An exception becomes an answer;
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
+def name_of(path: str) -> str:
+    """The function's own name: what follows the last ``:`` or dot."""
+    return path.rpartition(":")[2].rpartition(".")[2]
+
+
 def load(path: str) -> Callable[..., Any]:
-    """The function that a dotted path names.
+    """The function that ``package.module.function`` or ``path/to/file.py:function`` names.
 
     Raises:
         ValueError: There is none.
     """
-    module, _, name = path.rpartition(".")
     try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        function = getattr(
+            _file(path.rpartition(":")[0]) if ":" in path else importlib.import_module(path.rpartition(".")[0]), name_of(path)
+        )
+    except Exception as error:  # a file of someone else may fail in any way
         raise ValueError(f"The reward function {path!r} cannot be imported: {error}.") from error
     if not callable(function):
         raise ValueError(f"The reward function {path!r} is a {type(function).__name__}, which cannot be called.")
     return function
+
+
+def _file(path: str) -> ModuleType:
+    """The module of a file, run under a name of its own."""
+    spec = importlib.util.spec_from_file_location(f"rewards_of_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def answer(function: Callable[..., Any], request: dict[str, Any]) -> dict[str, Any]:
