@@ -159,7 +159,7 @@ class PeerTraining:
 
 
 class OurTraining:
-    """Our training step on the same batch with the same losses.
+    """Our training step on the same batch with the same losses, and the optimizer as ``DecompositionModule`` makes it.
 
     Args:
         pair: What is trained.
@@ -172,7 +172,7 @@ class OurTraining:
         for objective in self.objectives:
             if isinstance(objective, PersistentPGDRecon):
                 objective.plan(100)
-        self.optimizer = torch.optim.AdamW([p for p in self.parts.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW([p for p in self.parts.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0, fused=True)
         self.steps = 0
 
     def step(self) -> float:

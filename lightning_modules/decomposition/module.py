@@ -278,13 +278,12 @@ class DecompositionModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW on components and causal-importance functions, with the schedule per optimizer step."""
-        optimizer = AdamW(self.trained_parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        # a fused optimizer would leave the unscaling of gradients to itself, after the clipping
+        fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
+        optimizer = AdamW(self.trained_parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=fused)
         steps = max(1, self.trainer.max_steps)
-
-        def factor(step: int) -> float:
-            return schedule_factor(step, steps, self.schedule, self.warmup_fraction, self.final_lr_fraction)
-
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        rates = LambdaLR(optimizer, lambda step: schedule_factor(step, steps, self.schedule, self.warmup_fraction, self.final_lr_fraction))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
     def _without_gradient_sync(self) -> AbstractContextManager[Any]:
         strategy = self.trainer.strategy
