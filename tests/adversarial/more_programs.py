@@ -161,7 +161,7 @@ add("machine", "only its own descriptors are open", f"{NATIVE}{OPEN}{RIGHT}", "c
 def forged(status: str = "ok", output: str = "[0]", outputs: str = "[{} for i in job['order']]") -> str:
     """A program that reads its job again and answers in the runner's place, with the token."""
     answer = f"{{'token': job['token'], 'status': {status!r}, 'outputs': {outputs.format(output)}}}"
-    read = "import json, os\nos.lseek(3, 0, 0)\njob = json.loads(os.read(3, 1 << 20))\n"
+    read = "import json, marshal, os\nos.lseek(3, 0, 0)\njob = marshal.loads(os.read(3, 1 << 20))\n"
     return f"{WRONG}\n{read}os.write(4, json.dumps({answer}).encode())\nos._exit(0)\n"
 
 
@@ -170,6 +170,32 @@ add("forgery", "with the token, guessed outputs", forged(), statuses=ANY)
 add("forgery", "with the token, huge outputs", forged(output="[10**400]"), statuses=ANY)
 add("forgery", "with the token, not a number", forged(output=NAN), statuses=ANY)
 add("forgery", "with the token, unknown tags", forged(output="[{'z': [1]}]"), statuses=ANY)
+FORGED_OUTPUTS = {
+    "number of a million digits": "[{'i': '0x' + 'f' * 10**6}]",
+    "number of a hundred thousand digits": "[{'i': '0x' + 'f' * 10**5}]",
+    "colliding keys": "[{'d': [[k * (2**61 - 1), 0] for k in range(4000)]}]",
+    "colliding members": "[{'s': [k * (2**61 - 1) for k in range(4000)]}]",
+    "members that cannot be hashed": "[{'s': [[1]]}]",
+    "half an entry": "[{'d': [[1]]}]",
+    "characters that do not exist": "[{'u': [-1]}]",
+    "characters that are none": "[{'u': ['a', None]}]",
+    "two tags": "[{'t': [], 'i': '0x0'}]",
+    "odd hexadecimal": "[{'b': 'f'}]",
+    "number that is none": "[{'i': '0xx'}]",
+    "exceptions of other kinds": "{'type': [], 'message': {}}",
+    "exceptions without a message": "{'type': 'ValueError'}",
+    "exception and value": "[0, 0]",
+    "truth instead of numbers": "[True]",
+}
+for _name, _output in FORGED_OUTPUTS.items():
+    add("forgery", f"with the token, {_name}", forged(output=_output), statuses=(*ANY, OUTPUT))
+NESTED = "answer = json.dumps({'token': job['token'], 'status': 'ok', 'outputs': 7}).replace('7', '[' * 99999 + ']' * 99999)\n"
+add("forgery", "with the token, too deep to parse", forged().replace("os.write(4, ", f"{NESTED}os.write(4, answer.encode()) or ("),
+    statuses=ANY)  # fmt: skip
+add("forgery", "in the format of the job", f"{WRONG}\nimport marshal, os\nos.write(4, marshal.dumps([[0]] * 8))\nos._exit(0)\n",
+    statuses=(TAMPER,))  # fmt: skip
+add("forgery", "two answers", forged().replace("os._exit", "os.write(4, b' {}')\nos._exit"), statuses=(TAMPER,))
+add("forgery", "with the token, then the runner's own", forged().replace("os._exit(0)\n", ""), statuses=(TAMPER,))
 add("forgery", "with the token, no outputs", forged(outputs="[]"), statuses=(TAMPER,))
 add("forgery", "another status", forged("correct"), statuses=(TAMPER,))
 add("forgery", "blames the infrastructure", forged("infra_error"), statuses=(TAMPER,))
@@ -267,3 +293,33 @@ add("text", "number of too many digits", f"{RIGHT}\nx = {'9' * 5000}\n", statuse
 add("text", "backslashes", f"{RIGHT}\nx = '{chr(92) * 20000}'\n", "correct")
 add("text", "carriage returns, right", RIGHT.replace("\n", "\r\n"), "correct")
 add("text", "byte order mark, right", "\ufeff" + RIGHT, statuses=("syntax_error", OK, RAISED))
+
+# -- what the runner holds ------------------------------------------------------------------------------------------------------------
+ZERO = "marshal.dumps(((), {'x': 0}))"
+CALLS = (
+    "import marshal, sys\nf = sys._getframe(1)\nfor v in f.f_locals.values():\n    if isinstance(v, list) and v and type(v[0]) is bytes:\n"
+)
+add("walk", "makes the calls to come the same easy one", solution(f"{CALLS}        v[:] = [{ZERO}] * len(v)\nreturn x"), statuses=ANY)
+add("walk", "answers for calls that it reads ahead of their turn", solution(
+    f"{CALLS}        return [marshal.loads(b) for b in v]\nreturn x"
+), statuses=ANY)  # fmt: skip
+add(
+    "walk",
+    "appends answers of its own",
+    solution("import sys\nsys._getframe(1).f_locals['answers'].append([2 * x])\nreturn x"),
+    statuses=ANY,
+)
+add("walk", "replaces the answers given so far", solution(
+    "import sys\na = sys._getframe(1).f_locals['answers']\na[:] = [[0]] * len(a)\nreturn x"
+), statuses=ANY)  # fmt: skip
+RUNNER = {
+    "the way calls are read": f"f.f_globals['_loads'] = lambda raw, own=marshal.loads: own({ZERO})",
+    "the way values are encoded": "f.f_globals['_encode'] = lambda answer, depth: ['{}']",
+    "the codec": "sys._getframe(1).f_locals['to_wire'].__globals__['_SMALL'] = 0",
+    "the codec's table": "sys._getframe(1).f_locals['to_wire'].__globals__['_PLAIN'].add(list)",
+    "the codec's code": "t = sys._getframe(1).f_locals['to_wire']\nt.__code__ = (lambda value, depth=0: 0).__code__",
+    "what is watched": "f.f_globals['_WATCHED'].clear()",
+}
+for _name, _code in RUNNER.items():
+    add("names", f"replaces {_name}", solution(f"import marshal, sys\nf = sys._getframe(1)\n{_code}\nreturn x"), statuses=ANY)
+add("names", "replaces marshalling", f"import marshal\nmarshal.loads = lambda raw, own=marshal.loads: own({ZERO})\n{WRONG}", statuses=ANY)
