@@ -98,7 +98,7 @@ def test_only_plain_attention_over_all_tokens_in_full_precision_shares_prompts()
     for kind in ("qwen3", "llama", "gpt2"):
         assert supports_prompt_attention(tiny_model(kind))
     assert supports_prompt_attention(add_lora(tiny_model("qwen3"), {"r": 2, "target_modules": "all-linear"}, seed=0).eval())
-    full = {"layer_types": ["full_attention"] * 2}
+    full: dict[str, Any] = {"layer_types": ["full_attention"] * 2}
     assert not supports_prompt_attention(tiny_model("gemma2_window", **full, attn_logit_softcapping=2.0))
     assert not supports_prompt_attention(tiny_model("mistral_window"))
     assert not supports_prompt_attention(tiny_model("qwen3", dtype="bfloat16"))
