@@ -27,7 +27,9 @@ def build_engine(spec: dict[str, Any] | None, merge_adapter: bool) -> RolloutEng
     module, _, name = path.rpartition(".")
     try:
         owner = getattr(importlib.import_module(module or "theodolite.lightning_modules.vllm"), name)
-        engine = owner(**(spec.get("init_args") or {}))
+        # what the command line sets (--model.rollout.init_args.url=...) arrives beside the class, not inside its arguments
+        given = {key: value for key, value in spec.items() if key not in ("class_path", "init_args")}
+        engine = owner(**((spec.get("init_args") or {}) | given))
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(f"model.rollout names {path!r}, which cannot be made: {error}") from error
     if not isinstance(engine, RolloutEngine):

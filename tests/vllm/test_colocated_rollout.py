@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm makes an environment that has it")
 
-from sampler_policies import END, SIZES, load, policy_folder, train_a_little
+from sampler_policies import END, load, policy_folder, train_a_little
 
 from theodolite.lightning_modules.decoding import Sampling
 from theodolite.lightning_modules.scoring import completion_log_probs, pad_sequences
@@ -140,8 +140,7 @@ def test_a_merged_push_of_an_adapter_agrees_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
 def test_the_config_of_the_large_model_runs_two_steps_with_a_tiny_one(adapter: bool, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
-        "model.policy": json.dumps(SIZES),
-        "model.train_tokenizer": json.dumps({"vocab_size": 400}),
+        "model.policy": str(policy_folder(tmp_path / "policy")),
         "model.dtype": "float32",
         "model.export": "false",
         "model.max_new_tokens": "24",
