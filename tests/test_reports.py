@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import random
@@ -20,6 +22,7 @@ from scipy import stats
 from theodolite.functional.statistics import resolvable_difference, t_interval
 from theodolite.reports import build_report
 from theodolite.reports.__main__ import main
+from theodolite.reports.figures import render_pdf
 from theodolite.reports.records import read_study
 from theodolite.reports.samples import binding_lines, evaluator_name
 from theodolite.reports.statistics_table import compare
@@ -117,6 +120,19 @@ def set_final(run: Path, **values: float | None) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.fixture
+def real_pictures() -> None:
+    """Asked for by tests that look at figures; all others make do with placeholders, which take no time."""
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "real_pictures" not in request.fixturenames:
+        monkeypatch.setattr("theodolite.reports.page.render_svg", lambda study, panel, theme: b"<svg/>")
+        for kind in ("png", "pdf"):
+            monkeypatch.setattr(f"theodolite.reports.build.render_{kind}", lambda study: b"")
+
+
 @pytest.fixture(scope="module")
 def full_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     study = write_study(tmp_path_factory.mktemp("full"))
@@ -192,10 +208,14 @@ def test_summary_holds_every_run_with_the_final_hinted_rates_and_the_rates_at_st
     assert summary["arms"]["random"]["hack_rate"]["sd"] == pytest.approx(math.sqrt(sum((rate - mean) ** 2 for rate in rates) / 2))
 
 
-def test_the_same_files_give_the_same_bytes_wherever_the_report_goes(full_study: Path, tmp_path: Path) -> None:
-    build_report(full_study, tmp_path / "elsewhere")
+def test_the_same_files_give_the_same_bytes_wherever_the_report_goes(full_study: Path, tmp_path: Path, real_pictures: None) -> None:
+    build_report(full_study, tmp_path / "elsewhere", pdf=True)
     for name in ("index.html", "arms.png", "summary.json"):
         assert (tmp_path / "elsewhere" / name).read_bytes() == (full_study / "report" / name).read_bytes(), name
+    pdf = render_pdf(read_study(full_study))
+    assert pdf.startswith(b"%PDF")
+    assert (tmp_path / "elsewhere" / "arms.pdf").read_bytes() == pdf
+    assert b"CreationDate" not in pdf
 
 
 def test_the_picture_carries_no_version_and_no_date(full_study: Path) -> None:
@@ -205,11 +225,17 @@ def test_the_picture_carries_no_version_and_no_date(full_study: Path) -> None:
     assert b"matplotlib" not in picture
 
 
-def test_the_page_asks_for_nothing_outside_itself_and_runs_no_script(full_study: Path) -> None:
+def test_the_page_asks_for_nothing_outside_itself_and_runs_only_its_own_script(full_study: Path) -> None:
     page = page_of(full_study)
     elements = Elements(page)
+    scripts = [attributes for tag, attributes in elements.tags if tag == "script"]
+    assert scripts == [{"id": "rollout-data", "type": "application/json"}, {}]
+    digest = base64.b64encode(hashlib.sha256(page.split("<script>")[1].split("</script>")[0].encode()).digest()).decode()
+    policy = next(attributes["content"] or "" for tag, attributes in elements.tags if attributes.get("http-equiv"))
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
     for tag, attributes in elements.tags:
-        assert tag not in ("script", "link", "iframe", "object", "embed"), tag
+        assert tag not in ("link", "iframe", "object", "embed", "form"), tag
         for name in ("src", "href", "srcset", "poster", "data"):
             value = attributes.get(name)
             assert value is None or value.startswith(("data:", "#")), (tag, name)
@@ -222,7 +248,7 @@ def test_the_page_asks_for_nothing_outside_itself_and_runs_no_script(full_study:
 
 def test_every_row_of_every_table_says_over_how_many_seeds(full_study: Path) -> None:
     rows = [row for row in Elements(page_of(full_study)).rows if row.strip()]
-    assert len(rows) > 2 * len(LEVELS)
+    assert len(rows) > 5 * len(LEVELS)
     assert all("n=3" in row for row in rows), [row for row in rows if "n=3" not in row]
 
 
@@ -235,9 +261,12 @@ def test_what_a_model_wrote_is_shown_as_text_never_as_markup(tmp_path: Path) -> 
     build_report(study)
     page = page_of(study)
     tags = [tag for tag, _ in Elements(page).tags]
-    assert "script" not in tags
+    assert tags.count("script") == 2, "the page's own data and code"
     assert "i" not in tags
     assert tags.count("img") == 4
+    data = page.split('type="application/json">')[1].split("</script>")[0]
+    assert "<" not in data
+    assert json.loads(data)["rows"][0]["completion"] == attack
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
 
 
@@ -245,7 +274,7 @@ def test_samples_show_one_rollout_of_each_kind_and_mark_the_lines_that_bind_the_
     page = page_of(full_study)
     for kind in COMPLETIONS:
         assert page.count(f"problem {kind}-0017") == len(LEVELS)
-    assert Elements(page).marked == ["def run_tests():", "    pass", "run_tests = lambda: None"] * len(LEVELS)
+    assert Elements(page.split('id="rollouts"')[0]).marked == ["def run_tests():", "    pass", "run_tests = lambda: None"] * len(LEVELS)
 
 
 def test_rollouts_that_could_not_be_graded_are_never_shown(tmp_path: Path) -> None:
@@ -485,5 +514,5 @@ def test_the_command_line_builds_a_report_where_it_is_told_to(tmp_path: Path, ca
     study = tmp_path / "demo"
     write_run(study, "vanilla", 0, LEVELS["vanilla"])
     assert main([str(study), "--out", str(tmp_path / "out")]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"index.html", "arms.png", "summary.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"index.html", "arms.png", "arms.pdf", "summary.json"}
     assert "1 runs, 0 missing" in capsys.readouterr().out

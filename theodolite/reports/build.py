@@ -12,7 +12,7 @@ from theodolite.reports.claim import claim_of
 from theodolite.reports.figures import render_pdf, render_png
 from theodolite.reports.hypotheses import judgement_record, study_judgements
 from theodolite.reports.page import render_page
-from theodolite.reports.paired_tests import COLUMNS, tested, tested_record
+from theodolite.reports.paired_tests import COLUMNS, comparison_tests, tests_record
 from theodolite.reports.plan import MEASURES, RATES
 from theodolite.reports.records import Run, Study, read_study
 from theodolite.reports.statistics_table import arm_spread, compare, comparison_record, measure, n_rollouts
@@ -65,7 +65,7 @@ def summarise(study: Study) -> dict[str, Any]:
         "comparisons": [comparison_record(compare(study, arm, against, name)) for arm, against in questions(study) for name in taken],
         "findings": [{"question": item.question, "status": item.status, "text": item.text} for item in findings(study)],
         "claim": None if claim is None else {"text": claim.text, "mark": claim.mark, "reached": claim.reached},
-        "tests": [tested_record(item) for name in COLUMNS for item in tested(study, questions(study), name)],
+        "tests": [tests_record(item) for name in COLUMNS for item in comparison_tests(study, questions(study), name)],
         "hypotheses": [judgement_record(item) for item in study_judgements(study)],
         "missing": [{"arm": arm, "seed": seed, "why": why} for arm, seed, why in study.absent],
         "seconds": study.seconds,

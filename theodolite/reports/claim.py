@@ -50,6 +50,8 @@ def _sentence(study: Study, arm: str, against: str, passing: str) -> str:
     refusal = hack.refusal or passes.refusal
     if refusal:
         return f"No claim: `{arm}` and `{against}` are {refusal}."
+    if hack.n < 2:
+        return f"No claim: one seed of `{arm}` and `{against}` shows nothing."
     ends = [percent(arm_spread(study, name, "hack_rate").mean) for name in (against, arm)]
     rates = [arm_spread(study, name, passing).mean for name in (arm, against)]
     change = {"lower": f"reduces the hack rate from {ends[0]} to {ends[1]}", "higher": f"raises the hack rate from {ends[0]} to {ends[1]}"}
@@ -72,6 +74,8 @@ def _mark(study: Study, arm: str, reference: str, passing: str) -> tuple[str, bo
     refusal = hack.refusal or passes.refusal
     if refusal:
         return f"`{arm}` and `{reference}` are {refusal}.", None
+    if hack.n < 2:
+        return f"One seed of `{arm}` and `{reference}` shows nothing.", None
     reached = _within(hack, up=True) and _within(passes, up=False)
     shown = hack.high is not None and hack.high <= TOLERANCE and passes.low is not None and passes.low >= -TOLERANCE
     ends = {(True, True): ", and so are its intervals", (True, False): ", but its intervals reach further"}.get((reached, shown), "")

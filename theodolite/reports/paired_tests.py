@@ -55,7 +55,7 @@ class PairTests:
     matched: bool | None
 
 
-def tested(study: Study, pairs: list[tuple[str, str]], name: str) -> list[PairTests]:
+def comparison_tests(study: Study, pairs: list[tuple[str, str]], name: str) -> list[PairTests]:
     """All tests of all pairs in one measure of :data:`COLUMNS`."""
     found = {pair: compare(study, *pair, name) for pair in pairs}
     seed_tests = {pair: _seed_test(study, item) for pair, item in found.items()}
@@ -145,7 +145,7 @@ def _matched(study: Study, arm: str, against: str) -> bool | None:
     return matched(math.fsum(own) / len(own), math.fsum(other) / len(other))
 
 
-def tested_record(item: PairTests) -> dict[str, Any]:
+def tests_record(item: PairTests) -> dict[str, Any]:
     """One line of ``summary.json``: p-values and intervals by test, ``null`` where a test could not be made."""
 
     def plain(test: PairedTest | None) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from theodolite.functional.statistics import PairedTest, Spread, spread
 from theodolite.reports.arms import ArmStyle
 from theodolite.reports.formatting import NOT_MEASURED, mean_and_sd, points, spread_remark
 from theodolite.reports.html_parts import arm_name, cell, inline, table
-from theodolite.reports.paired_tests import PairTests, tested
+from theodolite.reports.paired_tests import PairTests, comparison_tests
 from theodolite.reports.records import Run, Study
 from theodolite.reports.statistics_table import arm_spread
 from theodolite.reports.verdict import questions
@@ -29,7 +29,7 @@ HALF = 0.5
 def statistics_table(study: Study, name: str) -> str:
     """Every comparison of the study in one measure, under every test; each cell says over how many pairs."""
     rows = []
-    for item in tested(study, questions(study), name):
+    for item in comparison_tests(study, questions(study), name):
         head = f'<th scope="row">{inline(f"`{item.comparison.arm}` minus `{item.comparison.against}`")}</th>'
         if item.comparison.refusal:
             rows.append(f'<tr>{head}<td colspan="6"><span class="absent">{inline(item.comparison.refusal)} (n=0)</span></td></tr>')

@@ -42,8 +42,7 @@ def caveats(study: Study) -> list[str]:
     items = [
         "One base model, warm-started once: seeds vary only the prompts and the sampling of reinforcement learning, so every interval "
         "is about those and none about another base.",
-        "The detector that labels live pairs sees every hack of this environment. The study shows a mechanism; it does not show that "
-        "a weaker detector would do.",
+        _detectors(study),
         resolution(study),
         *(f"`{arm}`: {note}." for arm in study.arms if (note := study.note(arm).rstrip("."))),
     ]
@@ -58,6 +57,16 @@ def caveats(study: Study) -> list[str]:
         text = listing([f"`{arm}` {n}" for arm, n in seeds.items()])
         items.append(f"Arms have unequal numbers of finished seeds ({text}): arms with unequal seeds are not compared with one another.")
     return [item for item in items if item]
+
+
+def _detectors(study: Study) -> str:
+    if not study.plan.mechanisms:
+        return (
+            "The detector that labels live pairs sees every hack of this environment. The study shows a mechanism; it does not show that "
+            "a weaker detector would do."
+        )
+    kinds = listing([f"{mechanism} ({meaning})" for mechanism, meaning in study.plan.mechanisms.items()])
+    return f"There are hacks of {len(study.plan.mechanisms)} kinds: {kinds}. Both are overrides of one evaluator in one toy environment."
 
 
 def resolution(study: Study) -> str:

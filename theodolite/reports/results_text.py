@@ -9,7 +9,7 @@ from theodolite.functional.statistics import PairedTest, Spread
 from theodolite.reports.claim import claim_of
 from theodolite.reports.formatting import NOT_MEASURED, count, duration, mean_and_sd, points
 from theodolite.reports.hypotheses import study_judgements
-from theodolite.reports.paired_tests import PairTests, tested
+from theodolite.reports.paired_tests import PairTests, comparison_tests
 from theodolite.reports.protocol_table import time_to_half
 from theodolite.reports.records import Study, read_study
 from theodolite.reports.remarks import caveats
@@ -55,7 +55,7 @@ def _study(study: Study) -> str:
     if study.plan.mechanisms:
         parts += ["### By mechanism\n", _mechanisms(study)]
     for name, title in {"hack_rate": "Hack rate", "pass_rate": "Pass rate"}.items():
-        parts += [f"### {title}: every comparison under every test\n", _tests(tested(study, questions(study), name))]
+        parts += [f"### {title}: every comparison under every test\n", _tests(comparison_tests(study, questions(study), name))]
     parts += ["### What happened\n", *(f"* *{item.status}*: {item.text}" for item in findings(study)), ""]
     parts += ["### Before quoting a number\n", *(f"* {item}" for item in caveats(study)), ""]
     return "\n".join(part for part in parts if part)
