@@ -175,7 +175,8 @@ class GRPOModule(CollectionModule):
         strategy = self.trainer.strategy
         if isinstance(strategy, ParallelStrategy) and type(strategy).__name__ not in ("DDPStrategy", "SingleDeviceStrategy"):
             raise ValueError(
-                f"GRPO runs on a single device or with strategy ddp; {type(strategy).__name__} shards what the sampler decodes with."
+                f"GRPO runs on a single device or with strategy ddp: under {type(strategy).__name__} every forward pass is a collective, "
+                "but ranks decode and learn from different numbers of tokens, so they would wait for one another for ever."
             )
 
     # ------------------------------------------------------------------ one window
