@@ -46,6 +46,7 @@ SUBCOMMANDS = {
     "test": "evaluate on the test data",
     "predict": "write predictions",
 }
+DOCTOR = "look this machine over, and what a run would meet on it"
 RUN_DIR_VARIABLE = "THEODOLITE_RUN_DIR"
 """Set by rank zero for the processes that Lightning starts, so that all agree on a default folder."""
 
@@ -63,12 +64,23 @@ def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else list(args)
     try:
         import_rooms()
+        if args[:1] == ["doctor"]:
+            _doctor(args[1:])
         check_args(args)
         TheodoliteCLI(args)
     except ConfigError as error:
         _stop(2, f"theodolite: error: {error}")
     except KeyboardInterrupt:
         _stop(130, "theodolite: interrupted before the run started.")
+
+
+def _doctor(args: list[str]) -> NoReturn:
+    """Look the machine over, and the run that ``args`` describe; nothing is started."""
+    from theodolite.doctor import examine  # here: it starts a sandbox, which no other command needs
+
+    if args:
+        check_args(["fit", *args])
+    raise SystemExit(examine(args))
 
 
 class TheodoliteCLI(LightningCLI):
@@ -189,14 +201,14 @@ def check_args(args: Sequence[str]) -> None:
         ConfigError: One sentence about the first thing that cannot work.
     """
     if not args:
-        listing = "".join(f"\n  {name:<9} {what}" for name, what in SUBCOMMANDS.items())
+        listing = "".join(f"\n  {name:<9} {what}" for name, what in {**SUBCOMMANDS, "doctor": DOCTOR}.items())
         raise ConfigError(f"say what to do, for example: theodolite fit --config configs/<study>/<file>.yaml{listing}")
     if args[0] in ("-h", "--help"):
         return
     if args[0] not in SUBCOMMANDS:
         if args[0].startswith("-"):
             raise ConfigError(f"{args[0].partition('=')[0]} comes after the subcommand: theodolite fit {' '.join(args[:2])} ...")
-        raise ConfigError(f"there is no subcommand '{args[0]}'{closest(args[0], SUBCOMMANDS)}.")
+        raise ConfigError(f"there is no subcommand '{args[0]}'{closest(args[0], [*SUBCOMMANDS, 'doctor'])}.")
     if any(token in ("-h", "--help") or token.partition("=")[0].endswith(".help") for token in args[1:]):
         return
     layers = read_layers(args[1:])

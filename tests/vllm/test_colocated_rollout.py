@@ -165,7 +165,7 @@ def test_the_config_of_the_large_model_runs_two_steps_with_a_tiny_one(adapter: b
     }
     if not adapter:
         settings |= {"model.lora": "null", "model.beta": "0"}
-    configs = [f"--config={ROOT}/configs/grpo/{name}.yaml" for name in ("leetcode", "qwen3_4b_leetcode")]
+    configs = [f"--config={ROOT}/configs/grpo/{name}.yaml" for name in ("leetcode", "vllm")]
     command = [sys.executable, "-m", "theodolite", "fit", *configs, f"--run_dir={tmp_path}/run"]
     command += [f"--{key}={value}" for key, value in settings.items()]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=250, check=False)
