@@ -91,7 +91,10 @@ class WindowHooks(Protocol):
         """Advantages are computed; ``window.advantages`` may be changed."""
 
     def on_microbatch_gradients(self, trainer: Any, pl_module: Any, window: Window, part: str) -> None:
-        """One microbatch of gradient part ``part`` has been added to ``p.grad`` (local to this rank)."""
+        """One microbatch of gradient part ``part`` has been added to ``p.grad`` (local to this rank).
+
+        ``window`` holds the groups that this rank computes, here and in ``on_part_gradients``; on several ranks not those that it sampled.
+        """
 
     def on_part_gradients(self, trainer: Any, pl_module: Any, window: Window, part: str) -> None:
         """``p.grad`` holds part ``part`` alone, summed over ranks, and may be changed; the parts are added afterwards.
