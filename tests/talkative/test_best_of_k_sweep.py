@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from rank_processes import run_ranks  # noqa: E402
 from tiny_describers import LETTERS, Table, TableData, TinyDescriber  # noqa: E402
 
 from theodolite.best_of_k.candidates import Candidates, Drawing  # noqa: E402
@@ -365,24 +363,7 @@ def test_runs_are_named_apart() -> None:
 
 def ranks(folder: Path, count: int, rows: int) -> None:
     """Run the sweep on ``count`` processes that form a group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": str(count)}
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | shared
-    children = []
-    folder.mkdir(exist_ok=True)
-    try:
-        for rank in range(count):
-            log = open(folder / f"rank-{rank}.txt", "w")  # noqa: SIM115  (lives as long as the child)
-            command = [sys.executable, __file__, str(folder), str(count), str(rows)]
-            children.append(subprocess.Popen(command, env=environment | {"LOCAL_RANK": str(rank)}, stdout=log, stderr=subprocess.STDOUT))
-        codes = [child.wait(timeout=200) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-    assert codes == [0] * count, "".join((folder / f"rank-{rank}.txt").read_text()[-2000:] for rank in range(count))
+    run_ranks(__file__, folder, count, str(rows))
 
 
 @pytest.mark.slow
