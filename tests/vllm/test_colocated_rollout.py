@@ -164,7 +164,7 @@ def test_the_config_of_the_large_model_runs_two_steps_with_a_tiny_one(adapter: b
         "model.eval_samples": "1",
     }
     if not adapter:
-        settings |= {"model.lora": "null", "model.beta": "0"}
+        settings |= {"model.lora": "null"}
     configs = [f"--config={ROOT}/configs/grpo/{name}.yaml" for name in ("leetcode", "vllm")]
     command = [sys.executable, "-m", "theodolite", "fit", *configs, f"--run_dir={tmp_path}/run"]
     command += [f"--{key}={value}" for key, value in settings.items()]
@@ -175,4 +175,5 @@ def test_the_config_of_the_large_model_runs_two_steps_with_a_tiny_one(adapter: b
     print("mean absolute log-ratio of sampler and trainer by step:", gaps)
     assert "sampler and trainer agree" in done.stderr + done.stdout
     assert any("val/pass_rate" in row for row in rows), sorted(rows[-1])
+    assert len(gaps) == 2
     assert all(gap < 1e-4 for gap in gaps)

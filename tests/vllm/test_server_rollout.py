@@ -58,7 +58,8 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("tied", "lora"), [(True, True), pytest.param(False, True, marks=SLOW), pytest.param(False, False, marks=SLOW), (True, False)]
+    ("tied", "lora"),
+    [(True, True), pytest.param(False, True, marks=SLOW), pytest.param(False, False, marks=SLOW), pytest.param(True, False, marks=SLOW)],
 )
 def test_samples_are_those_of_the_trainer_before_and_after_three_syncs(
     folders: dict[str, Path], tied: bool, lora: bool, tmp_path: Path
@@ -172,7 +173,7 @@ def test_a_server_that_is_away_another_or_slow_is_named_within_the_limit(
     assert time.monotonic() - started < 1.4
 
 
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("lora", [pytest.param(True, marks=SLOW), False])
 def test_a_server_that_was_started_anew_is_recognised_and_a_new_run_goes_on_with_it(
     fake: tuple[FakeVLLM, str], folders: dict[str, Path], lora: bool, tmp_path: Path
 ) -> None:
