@@ -52,6 +52,17 @@ def test_every_index_occurs_exactly_once_over_ranks(world: int, n: int, shuffle:
     assert sorted(row for batch in batches for row in batch) == list(range(n))
 
 
+def test_further_rows_are_a_permutation_that_depends_on_seed_and_step_alone() -> None:
+    one = DistributedBatchSampler(30, 6, 3, 0, shuffle=True, seed=2)
+    other = DistributedBatchSampler(30, 6, 3, 2, shuffle=True, seed=2)
+    list(other)
+    assert sorted(one.further(4)) == list(range(30))
+    assert one.further(4) == other.further(4), "neither the rank nor what was dealt out before matters"
+    assert one.further(4) != one.further(5)
+    assert one.further(4) != DistributedBatchSampler(30, 6, seed=3).further(4)
+    assert one.further(0) != one.order(0)
+
+
 @pytest.mark.parametrize("world", [2, 3, 5])
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_global_batches_do_not_depend_on_the_number_of_ranks(world: int, drop_last: bool) -> None:

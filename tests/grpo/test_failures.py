@@ -7,15 +7,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from grpo_fits import Gradients, PlainDescent, deviation, fit
+from grpo_fits import TINY, Gradients, PlainDescent, deviation, fit
 from tiny_policies import Row, TextGrader, TinyPrompts
 
 from theodolite.protocols import Grade
@@ -89,3 +91,11 @@ def test_degenerate_windows_are_steps_like_any_other(tmp_path: Path, settings: d
     assert trainer.global_step == 1
     assert all(parameter.isfinite().all() for parameter in module.parameters())
     assert math.isfinite(float(trainer.logged_metrics["train/loss"]))
+
+
+def test_sharded_strategies_are_refused_because_ranks_would_wait_for_one_another() -> None:
+    module = PlainDescent(**TINY)
+    stub: Any = SimpleNamespace(strategy=object.__new__(ModelParallelStrategy))
+    module._trainer = stub
+    with pytest.raises(ValueError, match="under ModelParallelStrategy every forward pass is a collective"):
+        module._check_ranks()

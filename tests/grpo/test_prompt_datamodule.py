@@ -60,6 +60,7 @@ def test_texts_become_chats_on_request_and_chats_stay(tmp_path: Path) -> None:
     assert {type(row.prompt) for row in plain.rows[0]} == {str, list}
 
 
+@pytest.mark.slow
 def test_a_saved_data_set_is_read_like_one_of_the_hub(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     written(tmp_path / "set", questions(30))
