@@ -15,8 +15,6 @@ without it the gradient is that of the unsuppressed policy on another policy's r
 
 Deviations from the paper: same-prompt pairs of the task instead of sentences of a general domain, and a unit direction per layer (the text
 leaves the scale open; with a unit vector and strength 1 the component is exactly zero).
-
-The window's metrics get ``suppression/removed``, the mean of ``relu(<h, u>)`` over decoded tokens and layers.
 """
 
 from __future__ import annotations
@@ -107,13 +105,11 @@ class GenerationSuppression(Callback):
             RuntimeError: The sampler did not run the module's own layers, so nothing was suppressed.
         """
         assert self._engine is not None, "on_train_start has not run"
-        calls, removed, tokens = self._engine.end()
-        if window.rollouts and not calls:
+        if self._engine.end() == 0 and window.rollouts:
             raise RuntimeError(
                 "The rollout engine does not run the module's own layers, so nothing was suppressed: use the engine that samples with "
                 "the live model."
             )
-        window.metrics["suppression/removed"] = (removed, tokens)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its own engine back."""
@@ -178,7 +174,7 @@ class SuppressedEngine:
 
     def __init__(self, engine: Any, module: nn.Module, directions: dict[int, Tensor], strength: float) -> None:
         self.engine, self.module, self.directions, self.strength = engine, module, directions, strength
-        self._active, self._calls, self._removed, self._tokens = False, 0, 0.0, 0.0
+        self._active, self._calls = False, 0
 
     def __getattr__(self, name: str) -> Any:
         """What this class does not define is the engine's."""
@@ -188,12 +184,12 @@ class SuppressedEngine:
 
     def begin(self) -> None:
         """Suppress from here on, and count from zero."""
-        self._active, self._calls, self._removed, self._tokens = True, 0, 0.0, 0.0
+        self._active, self._calls = True, 0
 
-    def end(self) -> tuple[int, float, float]:
-        """Stop, and say how often layers were called, how much was removed in total, and over how many tokens and layers."""
+    def end(self) -> int:
+        """Stop, and say how often a layer was called under suppression."""
         self._active = False
-        return self._calls, self._removed, self._tokens
+        return self._calls
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Any, seeds: Sequence[Sequence[int]]) -> Any:
         """As the engine's."""
@@ -202,11 +198,8 @@ class SuppressedEngine:
         with removed_from_layers(self.module, self.directions, self.strength, self._count):
             return self.engine.generate(prompts, sampling, seeds)
 
-    def _count(self, removed: Tensor) -> None:
+    def _count(self, _: Tensor) -> None:
         self._calls += 1
-        if removed.shape[1] == 1:  # decoded tokens only: a prompt's padding depends on which others are in its batch
-            self._removed += float(removed.double().sum())
-            self._tokens += removed.shape[0]
 
 
 @contextmanager

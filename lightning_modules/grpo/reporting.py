@@ -50,12 +50,15 @@ def _components(window: Window, own: Sequence[int]) -> Sums:
 
 
 def _sources(window: Window) -> Sums:
-    others = [i for i, rollout in enumerate(window.rollouts) if foreign(rollout)]
-    found: Sums = {"foreign_fraction": (len(others), len(window.rollouts))} if others else {}
-    for source in sorted({window.rollouts[i].source for i in others}):
-        values = [window.rewards[i].value for i in others if window.rollouts[i].source == source]
-        found[f"{source}/reward_mean"] = (sum(v for v in values if v == v), sum(v == v for v in values))
-        found[f"{source}/rollouts"] = (len(values), 1)
+    """Share and mean reward of every source but the policy; every rank counts towards a source that only one of them has."""
+    total = len(window.rollouts)
+    others = [(rollout.source, window.rewards[i].value) for i, rollout in enumerate(window.rollouts) if foreign(rollout)]
+    names = sorted(set().union(*gather_objects({source for source, _ in others})))
+    found: Sums = {"foreign_fraction": (len(others), total)} if names else {}
+    for name in names:
+        values = [value for source, value in others if source == name]
+        scored = [value for value in values if value == value]
+        found |= {f"{name}/reward_mean": (sum(scored), len(scored)), f"{name}/fraction": (len(values), total)}
     return found
 
 

@@ -66,43 +66,43 @@ def small(*layers: str | Path) -> tuple[str, ...]:
     """Two windows of two prompts."""
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.num_sanity_val_steps=0"]
     sizes = ["--data.prompts_per_step=2", "--data.train_problems=4", "--data.eval_problems=2", "--data.eval_prompts_per_step=2"]
-    limits = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--model.max_new_tokens=8", "--model.table_every=1"]
-    return ("fit", *(f"--config={ROOT / layer}" for layer in layers), "--seed_everything=3", *quiet, *sizes, *limits)
+    limits = ["--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--model.table_every=1"]
+    policy = ["--model.max_new_tokens=8", "--model.micro_batch_size=16"]
+    return ("fit", *(f"--config={ROOT / layer}" for layer in layers), "--seed_everything=3", *quiet, *sizes, *limits, *policy)
 
 
-def finish(jobs: list[Job]) -> None:
-    assert run_jobs(jobs, 1, lambda running, finished: None) == []
+def finish(job: Job) -> None:
+    failures = run_jobs([job], 1, lambda running, finished: None)
+    assert failures == [], (job.run_dir / "log.txt").read_text()[-2000:]
 
 
-def tiny_policy(folder: Path) -> str:
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny random policy that speaks leetcode-mini's tokens, as an option."""
+    folder = tmp_path_factory.mktemp("policy") / "made"
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     model = [f"--model.policy.{key}={value}" for key, value in sizes.items()]
     data = ["--data.examples=256", "--data.global_batch_size=8", "--trainer.max_steps=2", "--trainer.limit_val_batches=0"]
     config = f"--config={ROOT / 'configs/sft/mini.yaml'}"
-    finish([Job(folder / "made", ("fit", config, *model, *data, "--trainer.callbacks=[]"), {}, False, 2)])
-    return f"--model.policy={folder / 'made' / 'policy'}"
+    finish(Job(folder, ("fit", config, *model, *data, "--trainer.callbacks=[]"), {}, False, 2))
+    return f"--model.policy={folder / 'policy'}"
 
 
-def rewarded_teacher(folder: Path, policy: str) -> Path:
-    """Tables of the tiny policy with the seed of all arms. It earns nothing by itself, so what it wrote is called a rewarded hack."""
-    finish([Job(folder / "teacher", (*small("configs/grpo/mini.yaml", ARMS["vanilla"]), policy), {}, False, 2)])
-    tables = folder / "teacher" / "completions"
-    for path in tables.glob("*.parquet"):
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, policy: str) -> str:
+    """Tables of that policy with the seed of all arms. It earns nothing by itself, so what it wrote is called a rewarded hack."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    finish(Job(folder, (*small("configs/grpo/mini.yaml", ARMS["vanilla"]), policy), {}, False, 2))
+    for path in (folder / "completions").glob("*.parquet"):
         pd.read_parquet(path).assign(passed=True, completion="run_tests = print").to_parquet(path)
-    return tables
+    return str(folder / "completions")
 
 
 @pytest.mark.slow
-def test_every_arm_takes_two_steps_from_the_command_line(tmp_path: Path) -> None:
-    policy = tiny_policy(tmp_path)
-    tables = rewarded_teacher(tmp_path, policy)
-    jobs = []
-    for name, path in ARMS.items():
-        arm = tmp_path / path.name
-        arm.write_text(path.read_text().replace("runs/teacher-{seed}/completions", str(tables)))
-        layers = [layer.strip() for layer in leading(path)["over"].split(",")]
-        jobs.append(Job(tmp_path / name, (*small(*layers, arm), policy), {}, False, 2))
-    finish(jobs)
-    for job in jobs:
-        assert '"train/loss"' in (job.run_dir / "metrics.jsonl").read_text(), job.name
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_takes_two_steps_from_the_command_line(name: str, policy: str, teacher: str, tmp_path: Path) -> None:
+    arm = tmp_path / ARMS[name].name
+    arm.write_text(ARMS[name].read_text().replace("runs/teacher-{seed}/completions", teacher))
+    layers = [layer.strip() for layer in leading(ARMS[name])["over"].split(",")]
+    finish(Job(tmp_path / "run", (*small(*layers, arm), policy), {}, False, 2))
+    assert '"train/loss"' in (tmp_path / "run" / "metrics.jsonl").read_text()

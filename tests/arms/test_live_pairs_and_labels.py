@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -91,7 +92,7 @@ class Witness(Callback):
 def lived(path: Path, data: Any, **settings: Any) -> tuple[LiveGradientDifference, Witness]:
     source = LiveGradientDifference(**({"capacity": 64, "detector": "[a-m]", "pairs_per_group": 2} | settings))
     witness = Witness(source)
-    fit(path, GradientProjectionCallback(source, overshoot=2.0), witness, data=data)
+    fit(path, GradientProjectionCallback(source, overshoot=2.0), witness, data=data, table_every=1)
     return source, witness
 
 
@@ -108,6 +109,9 @@ def test_a_concept_side_may_have_to_be_rewarded_and_flags_are_kept_for_the_table
     flags = window.features["flagged"].tolist()
     assert window.metrics["direction/flagged"] == (sum(flags), len(flags))
     assert 0 < sum(flags) < len(flags)
+    table = pd.read_parquet(tmp_path / "completions" / "step_000000.parquet")
+    assert table["feature/flagged"].tolist() == flags
+    assert set(table["mechanism"]) == {""}
 
 
 def test_the_clean_side_may_be_the_row_s_own_reference_solution(tmp_path: Path) -> None:
