@@ -89,7 +89,8 @@ def filter_program(machine: str | None = None, reading: bool = False) -> bytes:
 def _search(blocks: list[tuple[int, list[_Step]]]) -> list[_Step]:
     """Steps that end in the block of the largest start that is not above the loaded number.
 
-    The kernel tries a filter on every number there is when it is installed, once per job, so a row of comparisons would cost 2 % of one.
+    The kernel tries a filter on every number there is when it is installed, once per job, so a plain row of comparisons would be walked to
+    its end hundreds of times.
     """
     if len(blocks) == 1:
         return blocks[0][1]
@@ -150,7 +151,8 @@ class Jail:
             (resource.RLIMIT_CPU, math.ceil(cpu_s) + 1),  # a backstop: the timer has fractions
             (resource.RLIMIT_AS, self._own_bytes + memory_bytes),
         )
-        return [(kind, (min(value, self._hard[kind]),) * 2) for kind, value in wanted]
+        within = [(kind, min(value, self._hard[kind])) for kind, value in wanted]
+        return [(kind, (value, value)) for kind, value in within]
 
     def lock_down(self, parent: int, limits: list[tuple[int, tuple[int, int]]], cpu_s: float) -> None:
         """Die with the parent, set the limits and install the filter, in a child. Raises ``OSError`` when any step fails."""

@@ -9,7 +9,7 @@ import builtins
 import json
 import marshal
 import sys
-from json.encoder import c_make_encoder, encode_basestring_ascii
+from json.encoder import c_make_encoder, encode_basestring_ascii  # pyright: ignore[reportAttributeAccessIssue]
 from types import CodeType, ModuleType
 from typing import Any
 

@@ -23,7 +23,11 @@ _SCRIPT = Path(zygote.__file__).resolve()
 
 
 def _environment() -> dict[str, str]:
-    """The zygote's whole environment: the order of a set must not differ between workers, and the interpreter must find its libraries."""
+    """The zygote's whole environment.
+
+    The order of a set must not differ between workers, the interpreter must find its libraries, and a function that is linked when it is
+    first called would be linked anew in every child.
+    """
     libraries = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     return {"PYTHONHASHSEED": "0", "LD_BIND_NOW": "1"} | libraries
 

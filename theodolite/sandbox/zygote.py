@@ -88,11 +88,7 @@ _REHEARSAL = marshal.dumps(
 def main() -> None:
     """Serve jobs until the control socket closes or the parent is gone."""
     settings = json.loads(sys.argv[1])
-    for name in (
-        "PWD",
-        "LD_LIBRARY_PATH",
-        "LD_BIND_NOW",
-    ):  # bubblewrap's, and the interpreter's: programs see the same environment everywhere
+    for name in ("PWD", "LD_LIBRARY_PATH", "LD_BIND_NOW"):  # bubblewrap's, and the linker's: programs see one environment everywhere
         os.environ.pop(name, None)
     if settings["cpu"] is not None:
         os.sched_setaffinity(0, {settings["cpu"]})
