@@ -316,6 +316,7 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log rates over all ranks and write the completions."""
+        self.engine.offload()
         self._evaluation.report("val", getattr(self._datamodule(), "val_names", None))
 
     def on_test_epoch_end(self) -> None:
