@@ -34,12 +34,11 @@ from theodolite.seeds import run_seed
 
 from ..manual import SCHEDULES, ManualModule
 from .evaluation import CoderEvaluation, held_out_threshold, prefix_metrics
-from .interop import load_weights, save_saelens
+from .exports import export_coder, pretrained_coder
 from .memory import fitting_memory
 from .selection import Moments, global_moments
 from .training import LossSettings, StepResult, training_loss
 from .transcoder import Activation, DecoderNorm, Init, Normalise, Transcoder
-from .weights import coder_from, save_weights, weights_of
 
 
 class TranscoderModule(ManualModule):
@@ -166,7 +165,7 @@ class TranscoderModule(ManualModule):
         """Build the coder once, with the widths of the data; Lightning calls this before fit, validate and test."""
         if self._coder is not None:
             return
-        self._coder = self._new_coder() if self.pretrained is None else self._pretrained_coder(self.pretrained)
+        self._coder = self._new_coder() if self.pretrained is None else pretrained_coder(self.pretrained, self._datamodule())
         weights = torch.tensor(self.prefix_weights or [1.0] * len(self._coder.prefixes))
         if len(weights) != len(self._coder.prefixes) or not weights.sum() > 0 or bool((weights < 0).any()):
             raise ValueError(
@@ -183,14 +182,6 @@ class TranscoderModule(ManualModule):
             d_in, d_out, latents, self.k, self.activation, resolve_prefixes(latents, **self.nesting), self.skip, self.decoder_norm,
             self.init, self.jumprelu_threshold, self.run_seed,
         )  # fmt: skip
-
-    def _pretrained_coder(self, folder: str) -> Transcoder:
-        weights = load_weights(folder)
-        for end in ("input_site", "target_site"):
-            known, wanted = getattr(weights, end), getattr(self._datamodule(), end, None)
-            if known is not None and wanted is not None and known != str(wanted):
-                raise ValueError(f"The coder in {folder} has the {end} {known}, but the data has {wanted}: set data.{end} to {known}.")
-        return coder_from(weights)
 
     def _width(self, own: str, offered: str) -> int:
         data = self._datamodule()
@@ -305,18 +296,7 @@ class TranscoderModule(ManualModule):
         if self.calibrate and self.coder.activation != "jumprelu" and hasattr(self._datamodule(), "val_dataloader"):
             self.coder.calibrate(held_out_threshold(self.coder, self._datamodule().val_dataloader()))
         if self.export and self.global_rank == 0:
-            self._export(Path(self.trainer.default_root_dir) / "transcoder")
-
-    def _export(self, folder: Path) -> None:
-        data = self._datamodule()
-        sites = {end: None if (site := getattr(data, end, None)) is None else str(site) for end in ("input_site", "target_site")}
-        model = getattr(getattr(data, "model", None), "model_id", None)
-        weights = weights_of(self.coder, **sites, model=model if isinstance(model, str) else None)
-        save_weights(weights, folder)
-        try:
-            save_saelens(weights, folder / "saelens")
-        except ValueError as error:
-            rank_zero_info(f"Not exported for SAELens: {error}")
+            export_coder(self.coder, self._datamodule(), Path(self.trainer.default_root_dir) / "transcoder")
 
     # ------------------------------------------------------------------ evaluation
 
