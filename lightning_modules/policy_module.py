@@ -71,8 +71,8 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
         micro_batch_size: Sequences per forward pass on one rank; null = all of a step's at once.
         shared_prefix: Score completions with every distinct prompt of a microbatch computed once. Exact; a model whose cache cannot be
             shared (sliding windows, recurrent layers) takes the padded path, which is said at start.
-        merge_adapter: Fold a LoRA adapter into a copy of its base while sampling: faster decoding for that much memory. Float32 only:
-            a rounded sum would be another policy than the one trained.
+        merge_adapter: Fold a LoRA adapter into a copy of its base while sampling (and in the gradient's split path): faster for that much
+            memory. Float32 only: a rounded sum would be another policy than the one trained.
         rollout: ``class_path`` and ``init_args`` of another sampler, e.g. ``VLLMRollout`` or ``VLLMServerRollout``; null = the trainer's
             own model decodes.
         export: Save the trained policy as a plain ``transformers`` (or PEFT) folder ``policy/`` in the run directory.
