@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -120,8 +122,10 @@ class RunRecorder(Callback):
         self._unlogged = "epoch"
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Whatever was complete has been logged."""
+        """Whatever was complete has been logged. Ranks other than 0 say at once why they fail: rank 0 ends them as soon as it misses them."""
         self._unlogged = None
+        if trainer.global_rank > 0 and isinstance(exception, Exception):
+            print(f"rank {trainer.global_rank} failed:", *traceback.format_exception(exception), file=sys.stderr, flush=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the number of rows on disk, the row still to come, and whether the batch's validation is."""
