@@ -122,7 +122,7 @@ class RunRecorder(Callback):
         self._unlogged = "epoch"
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Whatever was complete has been logged. Ranks other than 0 say at once why they fail: rank 0 ends them as soon as it misses them."""
+        """Whatever was complete has been logged. Ranks other than 0 say why they fail at once: rank 0 ends them when it misses them."""
         self._unlogged = None
         if trainer.global_rank > 0 and isinstance(exception, Exception):
             print(f"rank {trainer.global_rank} failed:", *traceback.format_exception(exception), file=sys.stderr, flush=True)
