@@ -143,10 +143,15 @@ class PromptDataModule(PromptLoaders):
         """Check the batch arithmetic, read the prompts and start the reward functions.
 
         Raises:
-            ValueError: A global size does not split over the ranks, or a row cannot be used.
+            ValueError: A global size does not split over the ranks, a row cannot be used, or there are too few for one step.
         """
         self.check_batches()
-        assert self.rows
+        train, _ = self.rows
+        if stage == "fit" and len(train) < self.global_batch_size:
+            raise ValueError(
+                f"{self.prompts} has {len(train)} training prompts, too few for {self.global_batch_size} per step; lower "
+                "data.prompts_per_step, or give more."
+            )
         self.environment.start()
 
     def train_dataloader(self) -> StatefulDataLoader:

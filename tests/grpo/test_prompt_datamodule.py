@@ -83,7 +83,12 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("rows", "settings", "said"), BAD, ids=[said for *_, said in BAD])
 def test_rows_that_cannot_be_used_are_refused_by_name(tmp_path: Path, rows: Any, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        assert module(written(tmp_path, rows), **settings).rows
+        _ = module(written(tmp_path, rows), **settings).rows
+
+
+def test_too_few_prompts_for_a_step_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="too few for 64 per step"):
+        module(written(tmp_path, questions()), prompt_field="question", prompts_per_step=64).setup("fit")
 
 
 @pytest.mark.parametrize(
