@@ -32,6 +32,7 @@ from ..decoding import Decoded, Sampling
 from ..evaluation import add_sums
 from ..manual import SCHEDULES, ManualModule
 from .build import build_verbaliser, shared_tokenizer
+from .captions import caption_ids
 from .evaluation import evaluation_metrics, evaluation_sums
 from .hashing import weights_hash
 from .reconstructor import TextReconstructor, build_reconstructor
@@ -233,24 +234,8 @@ class TalkativeModule(ManualModule):
         return [text.strip() if good else "" for text, good in zip(texts, usable.tolist(), strict=True)]
 
     def caption_ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(B, T) token ids of texts to be learnt, the end token included where texts may end, and their mask.
-
-        Raises:
-            ValueError: If a text of fixed length has another length, or one is longer than ``max_new_tokens``.
-        """
-        ids, lengths = self.in_loop.encode(texts)
-        longest = self.sampling.max_new_tokens
-        if not self.verbaliser_settings.fixed_length:
-            ids = nn.functional.pad(ids, (0, 1))
-            ids[torch.arange(len(ids)), lengths] = cast(int, self.tokenizer.eos_token_id)
-            lengths = lengths + 1
-        elif bool((lengths != longest).any()):
-            wrong = int((lengths != longest).nonzero()[0])
-            raise ValueError(f"The caption {texts[wrong]!r} has {int(lengths[wrong])} tokens, but fixed_length texts have {longest}.")
-        if int(lengths.max()) > longest:
-            wrong = int(lengths.argmax())
-            raise ValueError(f"The caption {texts[wrong]!r} has {int(lengths[wrong])} tokens; model.max_new_tokens is {longest}.")
-        return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).float()
+        """See :func:`~theodolite.lightning_modules.talkative.captions.caption_ids`."""
+        return caption_ids(self.in_loop, texts, self.sampling.max_new_tokens, self.verbaliser_settings.fixed_length)
 
     def on_fit_start(self) -> None:
         """Split the global batch over ranks."""
