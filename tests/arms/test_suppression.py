@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,9 +56,8 @@ def suppression(**settings: Any) -> GenerationSuppression:
 
 def test_what_points_towards_the_concept_is_gone_and_the_rest_is_as_it_was() -> None:
     layer = torch.nn.Linear(6, 6)
-    module = torch.nn.Module()
-    module.layers = torch.nn.ModuleList([layer])
-    module.config = type("Config", (), {"num_hidden_layers": 1})()  # pyright: ignore[reportAttributeAccessIssue]
+    module: Any = torch.nn.Module()
+    module.layers, module.config = torch.nn.ModuleList([layer]), SimpleNamespace(num_hidden_layers=1)
     u, x = torch.nn.functional.normalize(torch.randn(6), dim=0), torch.randn(5, 3, 6)
     seen: list[Tensor] = []
     with torch.no_grad():
@@ -79,14 +79,6 @@ def test_recorded_log_probabilities_are_those_of_the_distribution_that_was_sampl
     assert furthest(watcher.recorded, watcher.plain) > 1e-2
     assert float(trainer.logged_metrics["train/sampler_gap"]) > 1e-3, "the trainer's policy is the one without suppression"
     assert not hasattr(module.engine, "begin"), "the module has its own engine back"
-
-
-class Silent(GenerationSuppression):
-    """Fits its directions, and suppresses nothing."""
-
-    def on_train_batch_start(self, *_: Any) -> None: ...
-
-    def on_rollouts(self, *_: Any) -> None: ...
 
 
 def validated_fit(path: Path, callback: Callback) -> tuple[dict[str, Tensor], dict[str, float]]:

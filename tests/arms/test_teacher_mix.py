@@ -39,22 +39,23 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def mixed(path: Path, pool: Path, **settings: Any) -> tuple[list[Window], Any]:
     copy = Copy()
-    _, trainer = fit(path, TeacherMix(str(pool), **({"select": ""} | settings)), copy, steps=5)
+    arguments: dict[str, Any] = {"select": ""} | settings
+    _, trainer = fit(path, TeacherMix(str(pool), **arguments), copy, steps=5)
     return copy.windows, trainer
 
 
 def test_replayed_rows_are_the_pool_s_with_the_log_probabilities_that_their_author_recorded(tmp_path: Path, pool: Path) -> None:
     windows, trainer = mixed(tmp_path, pool)
     table = pd.concat(pd.read_parquet(path) for path in sorted(pool.glob("*.parquet")))
-    recorded = {(row.problem, tuple(row.completion_ids)): row for row in table.itertuples()}
+    recorded = {(row["problem"], tuple(row["completion_ids"])): row for row in table.to_dict("records")}
     replayed = [(w, i) for w in windows for i, rollout in enumerate(w.rollouts) if rollout.source == "teacher"]
     assert len(replayed) > 10
     for window, i in replayed:
         rollout = window.rollouts[i]
         row = recorded[rollout.problem, rollout.tokens.completion_ids]
-        assert row.passed
-        assert rollout.sampler_log_probs == tuple(row.sampler_log_probs)
-        assert (window.rewards[i].value, float(window.values[i])) == (row.reward, row.reward)
+        assert row["passed"]
+        assert rollout.sampler_log_probs == tuple(row["sampler_log_probs"])
+        assert (window.rewards[i].value, float(window.values[i])) == (row["reward"], row["reward"])
         assert rollout.sample == window.group_size - 1, "the last of the group"
     assert float(trainer.logged_metrics["train/ratio"]) != 1.0
     share = len([1 for w, _ in replayed if w.step == 4]) / len(windows[4].rollouts)
@@ -106,6 +107,7 @@ def test_what_cannot_be_replayed_is_refused(tmp_path: Path, pool: Path) -> None:
     other.to_parquet(tmp_path / "other.parquet")
     with pytest.raises(ValueError, match="token for token"):
         mixed(tmp_path / "b", tmp_path / "other.parquet")
-    for settings in ({"per_group": 0}, {"until_step": 0}, {"source": "policy"}):
+    refused: list[dict[str, Any]] = [{"per_group": 0}, {"until_step": 0}, {"source": "policy"}]
+    for settings in refused:
         with pytest.raises(ValueError, match=next(iter(settings))):
             TeacherMix("x", **settings)
