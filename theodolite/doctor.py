@@ -119,7 +119,7 @@ def gpus(config: Mapping[str, Any]) -> list[Finding]:
     for index in range(count):
         free, total = torch.cuda.mem_get_info(index)
         found.append(Finding("GPU", f"{index}: {torch.cuda.get_device_name(index)}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"))
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]
     remedy = f"set trainer.devices to {count}, or free the others" if wanted and per_node > count else ""
     found.append(Finding("NCCL", f"{nccl}, CUDA {torch.version.cuda}, {count} devices for {per_node} ranks of this node", remedy))  # pyright: ignore[reportAttributeAccessIssue]
     return found

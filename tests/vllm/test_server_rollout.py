@@ -43,7 +43,8 @@ def fake(folders: dict[str, Path]) -> Iterator[tuple[FakeVLLM, str]]:
 
 
 def engine(url: str, model: Any, folder: Path, **settings: Any) -> VLLMServerRollout:
-    made = VLLMServerRollout(url, **({"timeout_s": 20.0, "connect_timeout_s": 5.0} | settings))
+    limits: dict[str, Any] = {"timeout_s": 20.0, "connect_timeout_s": 5.0}
+    made = VLLMServerRollout(url, **(limits | settings))
     made.setup(model, ENDS, 0, folder)
     return made
 
@@ -264,4 +265,4 @@ def test_another_sampler_switches_the_correction_on_and_the_trainers_own_does_no
         GRPOModule(**common, **truncating, mismatch=None, updates_per_window=2, reuse_sampler_log_probs=True)
     assert GRPOModule(**common, **truncating, mismatch=None).mismatch is None
     with pytest.raises(ValueError, match="give auto, null"):
-        GRPOModule(**common, mismatch="sometimes")
+        GRPOModule(**common, **{"mismatch": "sometimes"})
