@@ -21,6 +21,7 @@ from theodolite.functional.head_log_probs import head_log_probs
 from theodolite.protocols import TokenSequence
 
 from .decoding import evaluation_mode
+from .folded_linear import folded, folded_layers
 from .scoring import pad_sequences, supports_shared_prefix
 
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale", "lm_head_multiplier")
@@ -76,21 +77,28 @@ class SplitPrefix:
         pad_id: Fills the padding.
         device: Where the model is.
         temperature: Divides the logits.
+        fold: Compute with LoRA adapters folded into copies of their bases; see :mod:`~.folded_linear`.
     """
 
     def __init__(
-        self, backbone: Backbone, prompts: Sequence[tuple[int, ...]], pad_id: int, device: torch.device, temperature: float = 1.0
+        self,
+        backbone: Backbone,
+        prompts: Sequence[tuple[int, ...]],
+        pad_id: int,
+        device: torch.device,
+        temperature: float = 1.0,
+        fold: bool = False,
     ) -> None:
         self.backbone, self.pad_id, self.device, self.temperature = backbone, pad_id, device, temperature
+        self._layers = folded_layers(backbone.decoder) if fold and not torch.is_autocast_enabled(device.type) else []
         self.rows = {prompt: row for row, prompt in enumerate(prompts)}
         batch = pad_sequences([TokenSequence(prompt, ()) for prompt in prompts], pad_id, device)
         length = batch.input_ids.shape[1] - 1  # one column is left for an empty completion
         self.attention = batch.attention_mask[:, :length]
-        outputs = backbone.decoder(
+        outputs = self._decode(
             input_ids=batch.input_ids[:, :length],
             attention_mask=self.attention,
             position_ids=batch.position_ids[:, :length],
-            use_cache=True,
         )
         layers = outputs.past_key_values.layers
         self._roots: list[Tensor] = [
@@ -125,14 +133,17 @@ class SplitPrefix:
         starts = attention.sum(dim=1, keepdim=True)
         # padding repeats its row's last position: a learned position table may not reach further
         steps = torch.arange(ids.shape[1], device=self.device).minimum((mask.sum(dim=1, keepdim=True).long() - 1).clamp_min(0))
-        outputs = self.backbone.decoder(
+        outputs = self._decode(
             input_ids=ids,
             attention_mask=torch.cat([attention, mask[:, :-1].to(attention)], dim=1),
             position_ids=starts + steps,
             past_key_values=cache,
-            use_cache=True,
         )
         return outputs.last_hidden_state
+
+    def _decode(self, **inputs: Any) -> Any:
+        with folded(self._layers):
+            return self.backbone.decoder(**inputs, use_cache=True)
 
     def finish(self, backward: Callable[[Tensor], Any]) -> None:
         """Carry what the microbatches left at the cut through the prompts.

@@ -248,7 +248,7 @@ class PolicyGradientModule(PolicyModule):
         )
         for own_prompts, members in runs:
             if self.backbone is not None:
-                self._split = SplitPrefix(self.backbone, own_prompts, self.pad_id, self.device, self.sampling.temperature)
+                self._split = self.split_prefix(self.backbone, own_prompts)
             for k in members:
                 indices = microbatches[k]
                 weights = None if repeats is None else repeats[list(indices)]
@@ -262,6 +262,11 @@ class PolicyGradientModule(PolicyModule):
                 self._split = None
                 self._hook("on_microbatch_gradients", window, verdicts, part_of(window, microbatches[members[-1]][0]))
         return add_sums(sums)
+
+    def split_prefix(self, backbone: Backbone, prompts: Sequence[tuple[int, ...]]) -> SplitPrefix:
+        """These prompts, computed for the gradient; with the adapter folded in where sampling folds it in as well."""
+        fold = bool(getattr(self.engine, "merge_adapter", False))
+        return SplitPrefix(backbone, prompts, self.pad_id, self.device, self.sampling.temperature, fold)
 
     def _backward(self, loss: Tensor) -> None:
         with self._without_gradient_sync():

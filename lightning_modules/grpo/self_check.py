@@ -12,7 +12,6 @@ from theodolite.distributed import gather_objects
 from theodolite.protocols import TokenSequence, Window
 
 from ..scoring import completion_log_probs, pad_sequences
-from ..split_prefix import SplitPrefix
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 """Relative deviation of a gradient that summation order may cause; a wrong path is off by about 1.
@@ -67,7 +66,7 @@ def _gradient(module: Any, parameters: Sequence[torch.nn.Parameter], sequences: 
             log_probs = completion_log_probs(module.causal_lm, pad_sequences(sequences, module.pad_id, device), temperature)
             _backward(module, _weighted(log_probs))
         elif module.backbone is not None:
-            split = SplitPrefix(module.backbone, list(dict.fromkeys(s.prompt_ids for s in sequences)), module.pad_id, device, temperature)
+            split = module.split_prefix(module.backbone, list(dict.fromkeys(s.prompt_ids for s in sequences)))
             _backward(module, _weighted(split.score(sequences)[0]))
             split.finish(lambda scalar: _backward(module, scalar))
         else:

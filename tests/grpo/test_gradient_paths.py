@@ -18,6 +18,7 @@ from grpo_fits import fit
 from tiny_policies import POLICIES, ragged, tiny_model
 
 from theodolite.functional import head_log_probs as head
+from theodolite.lightning_modules.folded_linear import FoldedLinear, folded, folded_layers
 from theodolite.lightning_modules.grpo.self_check import check_gradient_path
 from theodolite.lightning_modules.policy import add_lora
 from theodolite.lightning_modules.scoring import completion_log_probs, pad_sequences
@@ -91,10 +92,13 @@ def test_split_prefix_has_the_padded_path_s_values_and_gradients_in_any_microbat
     expected = gradient(model, lambda: (weights * padded).sum().backward())
     backbone = take_apart(model)
     assert backbone is not None
-    for split in ([list(range(9))], [[4, 0], [8, 2, 5], [1], [3, 6, 7]], [[i] for i in range(9)]):
+    uneven = [[4, 0], [8, 2, 5], [1], [3, 6, 7]]
+    for split, fold in (([list(range(9))], False), (uneven, False), ([[i] for i in range(9)], False), (uneven, lora)):
 
-        def run(split: list[list[int]] = split) -> None:
-            prefix = SplitPrefix(backbone, list(dict.fromkeys(s.prompt_ids for s in sequences)), 0, torch.device("cpu"), temperature)
+        def run(split: list[list[int]] = split, fold: bool = fold) -> None:
+            prompts = list(dict.fromkeys(s.prompt_ids for s in sequences))
+            prefix = SplitPrefix(backbone, prompts, 0, torch.device("cpu"), temperature, fold)
+            assert bool(prefix._layers) == (fold and kind != "gpt2")  # its layers are no nn.Linear
             for rows in split:
                 log_probs, _, mask = prefix.score([sequences[i] for i in rows])
                 torch.testing.assert_close(log_probs, padded[rows, : log_probs.shape[1]].detach())
@@ -105,6 +109,24 @@ def test_split_prefix_has_the_padded_path_s_values_and_gradients_in_any_microbat
         found = gradient(model, run)
         assert float((found - expected).norm() / expected.norm()) < 1e-6
     assert float(expected.norm()) > 0
+
+
+def test_folded_layers_are_gone_after_every_pass_and_watched_or_switched_off_ones_are_never_replaced() -> None:
+    model: Any = add_lora(tiny_model("qwen3"), {"r": 2, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}, seed=0).eval()
+    before, ids = dict(model.named_modules()), torch.arange(2, 9)[None]
+    expected = model(input_ids=ids).logits
+    with folded(folded_layers(model)):
+        assert sum(isinstance(module, FoldedLinear) for module in model.modules()) == 4
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=2e-5, rtol=1e-5)
+    assert dict(model.named_modules()) == before
+    watched = next(module for name, module in before.items() if name.endswith("lora_A.default"))
+    handle = watched.register_forward_hook(lambda *_: None)
+    assert len(folded_layers(model)) == 3
+    handle.remove()
+    with model.disable_adapter():
+        assert not folded_layers(model)
+    assert not folded_layers(add_lora(tiny_model("qwen3"), {"r": 2, "use_dora": True}, seed=0))
+    assert not folded_layers(add_lora(tiny_model("qwen3").bfloat16(), {"r": 2}, seed=0).bfloat16())
 
 
 def test_models_whose_logits_are_more_than_a_head_or_whose_cache_forgets_are_not_split() -> None:
@@ -123,7 +145,7 @@ def test_a_fit_on_the_fast_path_learns_what_the_padded_one_does(tmp_path: Path, 
     adapter = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False} if lora else None
     settings: dict[str, Any] = {"policy": POLICIES[kind], "lora": adapter, "lr": 0.1, "max_grad_norm": 0.0}
     with caplog.at_level("INFO", logger="lightning.pytorch"):
-        fast, trainer = fit(tmp_path, steps=2, split_backward=True, token_budget=40, **settings)
+        fast, trainer = fit(tmp_path, steps=2, split_backward=True, token_budget=40, merge_adapter=lora, **settings)
     slow, plain = fit(tmp_path, steps=2, shared_prefix=False, **settings)
     assert (fast.backbone is None) == (kind == "gemma2_window")
     assert ("not exact for this architecture" in caplog.text) == (kind == "gemma2_window")
