@@ -5,6 +5,7 @@ A thin layer over LightningCLI. What it adds:
 * every run has its own folder, ``--run_dir`` (default ``runs/<first config>/<UTC time>``), with the resolved ``config.yaml``,
   ``manifest.json``, ``metrics.jsonl`` and ``checkpoints/``;
 * a class, key or value that cannot work is reported in one sentence before any model is built (exit code 2);
+* ``--print_memory`` says what a GRPO run needs on one rank, and stops;
 * on resuming with ``--ckpt_path``, the command line wins over the checkpoint's hyperparameters;
 * Ctrl-C says where the run and its last checkpoint are (exit code 130).
 
@@ -63,6 +64,9 @@ def main(args: list[str] | None = None) -> None:
     """
     args = sys.argv[1:] if args is None else list(args)
     try:
+        if "--print_memory" in args:
+            _print_memory([arg for arg in args if arg != "--print_memory"])
+            return
         import_rooms()
         if args[:1] == ["doctor"]:
             _doctor(args[1:])
@@ -216,6 +220,33 @@ def check_args(args: Sequence[str]) -> None:
     checker.check(layers)
     if "model" not in checker.classes:
         raise ConfigError(f"no model is given: theodolite {args[0]} needs --config <file>.yaml, or --model=<class>.")
+
+
+def _print_memory(args: list[str]) -> None:
+    """Estimate what a GRPO run needs on one rank, from its layers alone."""
+    from theodolite.policy_memory import estimate
+
+    tree: dict[str, Any] = {}
+    for layer in read_layers(args[1:]):
+        tree = _merged(tree, layer.tree)
+    devices = (tree.get("trainer") or {}).get("devices", 1)
+    try:
+        print(estimate(tree, int(devices) if str(devices).isdigit() else 1))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _merged(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """``upper`` over ``lower``, key by key; options such as ``--model.lr`` reach into ``init_args``."""
+    result = dict(lower)
+    for key, value in upper.items():
+        before = result.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            inner = {"init_args": value} if "init_args" in before and not {"class_path", "init_args"} & set(value) else value
+            result[key] = _merged(before, inner)
+        else:
+            result[key] = value
+    return result
 
 
 def _checker(subcommand: str) -> Checker:

@@ -1,0 +1,132 @@
+"""How much memory a GRPO run of a language model needs on one rank, from its config, before anything is loaded: ``--print_memory``.
+
+Counts bytes of what is really there: weights (twice where a frozen copy is kept), what is trained with its gradient and Adam's moments, the
+cache of one rollout batch, activations of one microbatch, and its logits. Sizes come from the model's own config, built on the meta device.
+What a framework's allocator wastes on top is not counted; leave it a tenth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from theodolite.memory_estimate import GIB
+
+STATES_PER_LAYER = 16
+"""(tokens, width) arrays that one decoder layer keeps for its backward pass, besides its MLP's hidden states (about 3 of those)."""
+LOGIT_COPIES = 3
+"""Logits in the model's precision, in float32, and their gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSize:
+    """Sizes of a run on one rank.
+
+    Attributes:
+        rollouts: Completions that are sampled at once.
+        micro: Sequences per gradient pass.
+        prompt: Longest prompt in tokens.
+        completion: Longest completion in tokens.
+    """
+
+    rollouts: int
+    micro: int
+    prompt: int
+    completion: int
+
+
+def meta_model(policy: str | Mapping[str, Any], dtype: torch.dtype, lora: Mapping[str, Any] | None) -> nn.Module:
+    """The policy without any storage, with its adapter.
+
+    Raises:
+        ValueError: Its config cannot be had.
+    """
+    if isinstance(policy, str):
+        try:
+            config = AutoConfig.from_pretrained(policy)
+        except OSError as error:
+            raise ValueError(
+                f"the config of {policy!r} cannot be had ({' '.join(str(error).split())[:120]}); name a folder that holds one."
+            ) from error
+    else:
+        config = AutoConfig.for_model(**dict(policy))
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return model if lora is None else get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))  # pyright: ignore[reportArgumentType]
+
+
+def policy_memory(
+    model: nn.Module, size: RolloutSize, trainable: list[str] | None = None, reference: bool = False, merged: bool = False
+) -> dict[str, int]:
+    """Bytes by what they are for.
+
+    Args:
+        model: On the meta device, with its adapter.
+        size: Of the run.
+        trainable: Patterns of the trained parameters, where there is no adapter; None = all.
+        reference: A frozen copy is kept (without an adapter: for a KL term, or for drift).
+        merged: A copy with the adapter folded in is kept for sampling.
+    """
+    parameters = {id(p): (name, p) for name, p in model.named_parameters()}.values()
+    config: Any = cast(Any, model).config.get_text_config()
+    weights = sum(p.numel() * p.element_size() for _, p in parameters)
+    wanted = [p for name, p in parameters if p.requires_grad and (trainable is None or any(fnmatchcase(name, t) for t in trainable))]
+    trained = sum(p.numel() for p in wanted)
+    item = next(iter(parameters))[1].element_size()
+    hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
+    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    width = int(getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    tokens = size.micro * (size.prompt + size.completion)
+    return {
+        "weights": weights * (1 + reference + merged),
+        "gradients": item * trained,
+        "optimizer": 2 * item * trained,
+        "cache of a rollout batch": 2 * item * size.rollouts * (size.prompt + size.completion) * layers * heads * width,
+        "activations of a microbatch": item * tokens * layers * (STATES_PER_LAYER * hidden + 3 * inner),
+        "logits of a microbatch": (item + 4 * (LOGIT_COPIES - 1)) * size.micro * size.completion * int(config.vocab_size),
+    }
+
+
+def describe(parts: Mapping[str, int]) -> str:
+    """The estimate as text: sampling and training do not happen at once, so the larger of the two phases counts."""
+    sampling, training = parts["cache of a rollout batch"], parts["activations of a microbatch"] + parts["logits of a microbatch"]
+    kept = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
+    lines = [f"{name:<28} {value / GIB:8.2f} GiB" for name, value in parts.items()]
+    return "\n".join([*lines, f"{'at most, on one rank':<28} {(kept + max(sampling, training)) / GIB:8.2f} GiB"])
+
+
+def estimate(tree: Mapping[str, Any], ranks: int) -> str:
+    """The estimate for a configuration as plain data: ``model`` and ``data`` with their ``init_args``.
+
+    Args:
+        tree: All layers of a command line, merged.
+        ranks: Number of processes.
+
+    Raises:
+        ValueError: The configuration is not one of a policy that samples.
+    """
+    model, data = ((tree.get(name) or {}).get("init_args") or {} for name in ("model", "data"))
+    if "policy" not in model or "prompts_per_step" not in data:
+        raise ValueError("--print_memory estimates GRPO runs: it needs model.policy and data.prompts_per_step.")
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[model.get("dtype", "float32")]
+    rollouts = int(data["prompts_per_step"]) // ranks * int(model.get("group_size", 8))
+    size = RolloutSize(
+        rollouts=rollouts,
+        micro=int(model.get("micro_batch_size") or rollouts),
+        prompt=int(data.get("max_prompt_tokens") or 1536),
+        completion=int(model.get("max_new_tokens", 512)),
+    )
+    lora = model.get("lora")
+    copies = lora is None and (float(model.get("beta", 0)) > 0 or bool(model.get("eval_drift")))
+    built = meta_model(model["policy"], dtype, lora)
+    parts = policy_memory(built, size, model.get("trainable"), copies, bool(model.get("merge_adapter")))
+    said = f"{size.rollouts} rollouts at once, microbatches of {size.micro}, up to {size.prompt} + {size.completion} tokens"
+    return f"{said}\n{describe(parts)}"
