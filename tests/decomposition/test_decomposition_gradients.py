@@ -14,7 +14,7 @@ from tiny_decomposition import LOSSES, ROWS, tiny, tokens
 
 from theodolite.functional.component_masks import ComponentMask
 from theodolite.lightning_modules.decomposition.component_model import ComponentModel
-from theodolite.lightning_modules.decomposition.decomposition import Decomposition
+from theodolite.lightning_modules.decomposition.decomposition import Decomposition, Prepared
 from theodolite.lightning_modules.decomposition.registry import OBJECTIVES, build_entry
 from theodolite.lightning_modules.decomposition.step import StepBatch, microbatches, step_gradients
 from theodolite.lightning_modules.decomposition.targets.toy_models import TMS
@@ -73,6 +73,22 @@ def test_the_delta_identity_equals_the_explicit_delta() -> None:
     site, inputs = parts.model.sites[name].components, run.inputs[name]
     explicit = ((inputs @ site.V) * mask) @ site.U + delta[..., None] * (inputs @ parts.model.deltas()[name])
     assert torch.allclose(run.outputs[name], explicit, rtol=0, atol=1e-13)
+
+
+def test_what_no_source_reaches_is_computed_once_and_changes_nothing() -> None:
+    parts = tiny(torch.float64)
+
+    def attacked(prepared: Prepared, value: float) -> tuple[float, dict[str, Tensor]]:
+        leaves = {n: torch.full((ROWS, 1, c), value, dtype=torch.float64).requires_grad_() for n, c in parts.source_channels().items()}
+        total, _ = parts.loss_sum(prepared, leaves)
+        return float(total.detach()), dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+
+    once = parts.prepare(tokens())
+    attacked(once, 0.2)
+    assert set(once.known) == {"wte"}, "everything behind the embedding depends on its sources"
+    (value, gradients), (expected, references) = attacked(once, 0.7), attacked(parts.prepare(tokens()), 0.7)
+    assert value == expected
+    assert all(torch.equal(gradient, references[name]) for name, gradient in gradients.items())
 
 
 def test_tied_modules_share_their_components_and_their_gradient() -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from theodolite.functional.component_masks import ComponentMask, mask_from_source, scaled_acts
-from theodolite.functional.kl_divergence import kl_sum
+from theodolite.functional.component_masks import ComponentMask, mask_from_source, rows_at, scaled_acts
+from theodolite.functional.kl_divergence import kl_sum, log_probabilities
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -48,6 +48,20 @@ def test_acts_without_gradient_get_none() -> None:
     assert torch.autograd.grad(output.sum(), source)[0].shape == source.shape
 
 
+@pytest.mark.parametrize("source_shape", [(2, 3, 5), (2, 1, 5), (1, 1, 5)])
+def test_a_mask_at_some_positions_is_that_part_of_the_whole(source_shape: tuple[int, ...]) -> None:
+    acts, importance, source = drawn(2, 3, 4), drawn(2, 3, 4, seed=1), drawn(*source_shape, seed=2)
+    places = torch.tensor([4, 0, 3])
+    mask = mask_from_source(importance, source)
+    some = scaled_acts(rows_at(acts, places, (2, 3)), mask.at(places, (2, 3)))
+    whole = scaled_acts(acts, mask).flatten(0, 1)[places]
+    torch.testing.assert_close(some, whole, rtol=1e-14, atol=1e-15)
+    gradients = [torch.autograd.grad(part.square().sum(), [acts, importance, source]) for part in (some, whole)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-14)
+    assert rows_at(importance[0, 0], places, (2, 3)).shape == (4,)
+
+
 @pytest.mark.parametrize("chunk", [1, 14, 10**6])
 def test_kl_and_its_gradient_in_any_chunks(chunk: int) -> None:
     logits, reference = (drawn(5, 7) * 8 - 4).detach().requires_grad_(), drawn(5, 7, seed=1).detach() * 8
@@ -57,6 +71,8 @@ def test_kl_and_its_gradient_in_any_chunks(chunk: int) -> None:
     (ours,), (theirs,) = (torch.autograd.grad(3 * value, logits) for value in (found, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
     assert float(kl_sum(reference.clone(), reference, chunk)) == 0.0
+    known = log_probabilities(reference)
+    torch.testing.assert_close(kl_sum(logits, known, chunk, normalised=True), found, rtol=1e-13, atol=1e-14)
 
 
 def test_kl_of_half_precision_is_summed_in_single() -> None:
