@@ -5,7 +5,7 @@ A file that only makes sense over others names them, lowest first, in its leadin
     # over: configs/grpo/mini.yaml, configs/grpo/long.yaml
     # fast_dev_run: yes
 
-``fast_dev_run: slowly`` leaves it to ``make test-slow``.
+``fast_dev_run: slowly`` leaves it to ``make test-slow``. A file that says ``differs from`` another is parsed there too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def declarations(path: Path) -> dict[str, str]:
         if not line.startswith("#"):
             break
         key, colon, value = line.lstrip("# ").partition(":")
-        if colon and key in ("over", "fast_dev_run"):
+        if colon and key in ("over", "fast_dev_run", "differs from"):
             found[key] = value.strip()
     return found
 
@@ -55,7 +55,10 @@ def parse(args: list[str]) -> int | str | None:
     return stop.value.code
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+VARIANTS = {name for name in CONFIGS if "differs from" in declarations(ROOT / name)}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name in CONFIGS])
 def test_config_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = parse(arguments(name))
     assert not code, capsys.readouterr().err

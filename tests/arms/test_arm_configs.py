@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from theodolite.cli import check_args, import_rooms
 from theodolite.study import Job, run_jobs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +50,13 @@ def test_an_arm_differs_from_another_in_the_keys_that_it_names(name: str) -> Non
         return
     parent, _, keys = declared.partition(" in ")
     assert differing(ARMS[name], ARMS[parent]) == set(keys.split(", "))
+
+
+def test_every_arm_s_classes_and_keys_exist() -> None:
+    import_rooms()
+    for path in ARMS.values():
+        layers = [ROOT / layer.strip() for layer in leading(path)["over"].split(",")]
+        check_args(["fit", *(f"--config={layer}" for layer in (*layers, path))])
 
 
 def test_every_arm_says_what_it_is_and_stands_in_the_documentation() -> None:
