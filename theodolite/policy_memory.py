@@ -78,7 +78,7 @@ def policy_memory(
     config: Any = cast(Any, model).config.get_text_config()
     weights = sum(p.numel() * p.element_size() for _, p in parameters)
     wanted = [p for name, p in parameters if p.requires_grad and (trainable is None or any(fnmatchcase(name, t) for t in trainable))]
-    trained = sum(p.numel() for p in wanted)
+    trained = sum(p.numel() * p.element_size() for p in wanted)  # adapters are float32 over a rounded base
     item = next(iter(parameters))[1].element_size()
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
@@ -87,8 +87,8 @@ def policy_memory(
     tokens = size.micro * (size.prompt + size.completion)
     return {
         "weights": weights * (1 + reference + merged),
-        "gradients": item * trained,
-        "optimizer": 2 * item * trained,
+        "gradients": trained,
+        "optimizer": 2 * trained,
         "cache of a rollout batch": 2 * item * size.rollouts * (size.prompt + size.completion) * layers * heads * width,
         "activations of a microbatch": item * tokens * layers * (STATES_PER_LAYER * hidden + 3 * inner),
         "logits of a microbatch": (item + 4 * (LOGIT_COPIES - 1)) * size.micro * size.completion * int(config.vocab_size),

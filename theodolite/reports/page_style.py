@@ -41,6 +41,7 @@ figure img { width: 100%; height: auto; display: block; }
 .scroll { overflow-x: auto; margin: .8rem 0; -webkit-overflow-scrolling: touch; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .5rem .65rem; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
+td.text { text-align: left; white-space: normal; min-width: 12rem; }
 thead th { min-width: 4.6rem; border-bottom: 2px solid var(--line); font-weight: 600; vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 tbody th { font-weight: 400; min-width: 12.5rem; max-width: 16rem; white-space: normal; }

@@ -45,7 +45,7 @@ def _base_row(study: Study) -> str:
         "<td></td>",
         "<td></td>",
     ]
-    return f'<tr><th scope="row"><b>before training</b><small>the policy that all arms start from</small></th>{"".join(cells)}</tr>'
+    return f'<tr><th scope="row"><b>before training</b><small>the policy that all arms start from, on the problems of validation</small></th>{"".join(cells)}</tr>'
 
 
 def _arm_row(study: Study, arm: str, style: ArmStyle) -> str:
@@ -140,6 +140,7 @@ def hypotheses_table(judgements: Sequence[Judgement]) -> str:
         head = f'<th scope="row"><b>{escape(entry.name)}</b><small>{inline(entry.claim)}</small></th>'
         found = "" if item.mean is None else points(item.mean)
         ends = "" if item.low is None or item.high is None else f"[{points(item.low)}, {points(item.high)}]"
-        cells = f"<td>{inline(entry.asked)}</td>{cell(found or NOT_MEASURED, ends)}{cell(f'n={item.n}')}"
-        rows.append(f"<tr>{head}{cells}<td><b>{item.outcome}</b><small>{inline(item.reason)}</small></td></tr>")
+        asked = f'<td class="text">{inline(entry.asked)}</td>'
+        outcome = f'<td class="text"><b>{item.outcome}</b><small>{inline(item.reason)}</small></td>'
+        rows.append(f"<tr>{head}{asked}{cell(found or NOT_MEASURED, ends)}{cell(f'n={item.n}')}{outcome}</tr>")
     return table(("Hypothesis", "What was asked", "Change found, points [95\N{NO-BREAK SPACE}%]", "Seeds", "Outcome"), rows)
