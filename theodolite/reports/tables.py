@@ -45,7 +45,8 @@ def _base_row(study: Study) -> str:
         "<td></td>",
         "<td></td>",
     ]
-    return f'<tr><th scope="row"><b>before training</b><small>the policy that all arms start from, on the problems of validation</small></th>{"".join(cells)}</tr>'
+    head = "<b>before training</b><small>the policy that all arms start from, on the problems of validation</small>"
+    return f'<tr><th scope="row">{head}</th>{"".join(cells)}</tr>'
 
 
 def _arm_row(study: Study, arm: str, style: ArmStyle) -> str:
