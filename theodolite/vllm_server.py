@@ -172,7 +172,9 @@ class VLLMServer:
         return f"The vLLM server at {self.url} refused {route} ({error.code}): {said}"
 
     def _silence(self, route: str, limit: float) -> str:
-        return f"The vLLM server at {self.url} did not answer {route} within {limit:.0f} s; is it overloaded or stuck? Raise the timeout, or restart it."
+        return (
+            f"The vLLM server at {self.url} did not answer {route} within {limit:.0f} s; raise the timeout, or restart it if it is stuck."
+        )
 
 
 def _answer(request: urllib.request.Request, limit: float) -> dict[str, Any]:
