@@ -96,15 +96,26 @@ def policy_memory(
 
 
 def describe(parts: Mapping[str, int]) -> str:
-    """The estimate as text: sampling and training do not happen at once, so the larger of the two phases counts."""
-    sampling, training = parts["cache of a rollout batch"], parts["activations of a microbatch"] + parts["logits of a microbatch"]
-    kept = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
+    """The estimate as text, with :func:`at_most`."""
     lines = [f"{name:<28} {value / GIB:8.2f} GiB" for name, value in parts.items()]
-    return "\n".join([*lines, f"{'at most, on one rank':<28} {(kept + max(sampling, training)) / GIB:8.2f} GiB"])
+    return "\n".join([*lines, f"{'at most, on one rank':<28} {at_most(parts) / GIB:8.2f} GiB"])
+
+
+def at_most(parts: Mapping[str, int]) -> int:
+    """Bytes at the larger of the two phases: sampling and training do not happen at once."""
+    sampling, training = parts["cache of a rollout batch"], parts["activations of a microbatch"] + parts["logits of a microbatch"]
+    return sum(parts[name] for name in ("weights", "gradients", "optimizer")) + max(sampling, training)
 
 
 def estimate(tree: Mapping[str, Any], ranks: int) -> str:
-    """The estimate for a configuration as plain data: ``model`` and ``data`` with their ``init_args``.
+    """:func:`needs` as text."""
+    size, parts = needs(tree, ranks)
+    said = f"{size.rollouts} rollouts at once, microbatches of {size.micro}, up to {size.prompt} + {size.completion} tokens"
+    return f"{said}\n{describe(parts)}"
+
+
+def needs(tree: Mapping[str, Any], ranks: int) -> tuple[RolloutSize, dict[str, int]]:
+    """Sizes and bytes of a configuration as plain data: ``model`` and ``data`` with their ``init_args``.
 
     Args:
         tree: All layers of a command line, merged.
@@ -127,6 +138,4 @@ def estimate(tree: Mapping[str, Any], ranks: int) -> str:
     lora = model.get("lora")
     copies = lora is None and (float(model.get("beta", 0)) > 0 or bool(model.get("eval_drift")))
     built = meta_model(model["policy"], dtype, lora)
-    parts = policy_memory(built, size, model.get("trainable"), copies, bool(model.get("merge_adapter")))
-    said = f"{size.rollouts} rollouts at once, microbatches of {size.micro}, up to {size.prompt} + {size.completion} tokens"
-    return f"{said}\n{describe(parts)}"
+    return size, policy_memory(built, size, model.get("trainable"), copies, bool(model.get("merge_adapter")))
