@@ -28,7 +28,7 @@ from theodolite.datamodules.toy.talkative import ToyCorpus  # noqa: E402
 from theodolite.lightning_modules.talkative import TalkativeModule  # noqa: E402
 from theodolite.lightning_modules.talkative.settings import ReconstructorSettings  # noqa: E402
 
-ROWS, CANDIDATES, LENGTH = 64, 16, 6
+ROWS, CANDIDATES, LENGTH = 64, 16, 4
 
 
 def sweep(folder: Path, kind: str, rows: int = ROWS, batch: int = 64, ranks: int = 1) -> None:
@@ -71,7 +71,7 @@ def test_batches_and_ranks_leave_the_texts_of_a_language_model_alone(tmp_path: P
     for batch in (1, 7):
         sweep(tmp_path / f"batch {batch}", kind, batch=batch)
     run_ranks(__file__, tmp_path / "2 ranks", 2, kind, str(ROWS))
-    for ranks, rows in ((4, 24), (2, 48)):
+    for ranks, rows in ((4, 16), (2, 40)):
         run_ranks(__file__, tmp_path / "4, 2, 1 ranks", ranks, kind, str(rows))
     sweep(tmp_path / "4, 2, 1 ranks", kind)
     assert len(set(pd.read_parquet(reference / "out" / "k_sweep_results.parquet")["text"])) > ROWS, "the texts are no constant"
