@@ -17,6 +17,7 @@ from theodolite.batch_arithmetic import split_batch
 from theodolite.cli import main
 from theodolite.config_layers import Layer, read_layers
 from theodolite.doctor import Finding, batches, merged, ranks
+from theodolite.policy_memory import at_most, needs
 
 TRAINERS = [name for name in CONFIGS if name.startswith("configs/trainer/")]
 
@@ -66,15 +67,17 @@ def test_indivisible_batch_and_missing_server_have_a_remedy() -> None:
     assert doctor.vllm({}).remedy == ""
 
 
-def test_memory_counts_the_parameters_and_what_is_trained_of_them() -> None:
+def test_memory_is_the_recipes_estimate_and_says_where_it_cannot_be_had() -> None:
     sizes = {"model_type": "qwen3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 1000, "head_dim": 16}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    total, linear = doctor._parameters(doctor._policy_config(sizes, None))
-    attention, mlp, norms = 2 * 64 * 64 + 2 * 64 * 32, 3 * 64 * 128, 2 * 64 + 2 * 16
-    assert total == 2 * 1000 * 64 + 2 * (attention + mlp + norms) + 64
-    assert len(linear) == 2 * 7, "the head carries no adapter"
-    assert "not estimated" in doctor.memory({"model": {"init_args": {"policy": "no/such-model"}}}).says
-    assert "before activations (weights" in doctor.memory({"model": {"init_args": {"policy": sizes}}}).says
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = {"model": {"init_args": {"policy": sizes}}, "data": {"init_args": {"prompts_per_step": 4}}, "trainer": {"accelerator": "cpu"}}
+    size, parts = needs(config, 1)
+    found = doctor.memory(config)
+    assert found.says.startswith(f"at most {at_most(parts) / 2**30:.1f} GiB on a rank with {size.rollouts} rollouts")
+    config["model"]["init_args"] |= {"policy": sizes | {"hidden_size": 16384, "num_hidden_layers": 400}}
+    assert "lower micro_batch_size" in doctor.memory(config).remedy
+    assert "not on this machine" in doctor.memory({"model": {"init_args": {"policy": "no/such-model"}}}).says
+    assert "there is no policy" in doctor.memory({}).says
 
 
 def test_command_prints_a_line_each_and_says_by_its_exit_code_whether_a_run_would_stop(

@@ -17,7 +17,6 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ from theodolite.provenance import LIBRARIES, library_versions
 from theodolite.sandbox import Sandbox
 from theodolite.vllm_server import VLLMServer, VLLMServerError, serve_command
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROMPT_KEYS = ("prompts_per_step", "global_batch_size")
 """How datamodules call the number of rows of a global batch."""
 
@@ -201,48 +199,37 @@ def batches(config: Mapping[str, Any]) -> Finding:
 
 
 def memory(config: Mapping[str, Any]) -> Finding:
-    """What one rank needs for the policy's weights and what is trained of them, and what vLLM takes beside it."""
+    """What one rank needs for a policy that samples, and what vLLM takes beside it."""
     model = (config.get("model") or {}).get("init_args") or {}
-    policy = _policy_config(model.get("policy"), model.get("revision"))
+    policy, spec = model.get("policy"), model.get("rollout") or {}
     if policy is None:
-        return Finding("memory", "not estimated: the policy's config is not on this machine")
-    total, linear = _parameters(policy)
-    each = DTYPE_BYTES.get(str(model.get("dtype", "float32")), 4)
-    lora = model.get("lora")
-    trained = sum(int(lora.get("r", 8)) * (rows + columns) for rows, columns in linear) if lora else total
-    parts = {"weights": total * each, "gradients and Adam": 3 * trained * each}
+        return Finding("memory", "estimated by the study itself when it starts: there is no policy")
+    if isinstance(policy, str) and not _config_is_here(policy, model.get("revision")):
+        return Finding("memory", f"not estimated: the config of {policy} is not on this machine; --print_memory downloads it")
+    from theodolite.policy_memory import at_most, needs  # here: it needs transformers, which the rest of the report does not
+
+    try:
+        size, parts = needs(config, ranks(config))
+    except ValueError as error:
+        return Finding("memory", f"not estimated: {error}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    spec = model.get("rollout") or {}
-    free = available_memory(device)
+    free, needed = available_memory(device), at_most(parts)
+    listed = ", ".join(f"{name} {part / GIB:.1f}" for name, part in parts.items())
     if str(spec.get("class_path", "")).endswith("VLLMRollout"):
         share = float({**spec, **(spec.get("init_args") or {})}.get("gpu_memory_utilization", 0.3))
-        parts["vLLM"] = int(share * (torch.cuda.mem_get_info()[1] if device.type == "cuda" else free))
-    needed = sum(parts.values())
-    listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
-    says = f"about {needed / GIB:.1f} GiB on each rank before activations ({listed}) of {free / GIB:.1f} GiB free here"
-    return Finding("memory", says, "" if needed < free else "use lora, bfloat16, a smaller policy or a larger GPU; or VLLMServerRollout")
+        engine = int(share * (torch.cuda.mem_get_info()[1] if device.type == "cuda" else free))
+        needed, listed = needed + engine, f"{listed}, vLLM {engine / GIB:.1f}"
+    says = f"at most {needed / GIB:.1f} GiB on a rank with {size.rollouts} rollouts ({listed}); {free / GIB:.1f} GiB are free here"
+    return Finding(
+        "memory", says, "" if needed < free else "lower micro_batch_size, use lora or bfloat16, or sample with VLLMServerRollout"
+    )
 
 
-def _policy_config(policy: Any, revision: Any) -> Any:
+def _config_is_here(policy: str, revision: str | None) -> bool:
     from transformers import AutoConfig
 
-    if isinstance(policy, dict) and "model_type" in policy:
-        return AutoConfig.for_model(**policy)
-    if isinstance(policy, str) and (Path(policy).is_dir() or "/" in policy):
-        try:
-            return AutoConfig.from_pretrained(policy, revision=revision, local_files_only=True)
-        except (OSError, ValueError):  # a hub id that was never downloaded here
-            return None
-    return None
-
-
-def _parameters(config: Any) -> tuple[int, list[tuple[int, int]]]:
-    """Number of parameters, and the shapes of the linear layers that a LoRA adapter would sit on."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    unique = {id(parameter): parameter for parameter in model.parameters()}
-    return sum(p.numel() for p in unique.values()), [(layer.out_features, layer.in_features) for layer in linear]
+    try:
+        AutoConfig.from_pretrained(policy, revision=revision, local_files_only=True)
+    except (OSError, ValueError):  # a hub id that was never downloaded here, or no folder of a model
+        return False
+    return True
