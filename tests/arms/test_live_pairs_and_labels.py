@@ -171,7 +171,7 @@ def test_without_asking_by_name_an_arm_trains_the_same_weights_whatever_the_orac
     assert same(tmp_path, BLIND[arm])
 
 
-@pytest.mark.parametrize("arm", [pytest.param(name, marks=[] if name == "oracle" else [pytest.mark.slow]) for name in SEEING])
+@pytest.mark.parametrize("arm", [pytest.param(name, marks=[pytest.mark.slow]) for name in SEEING])
 def test_an_arm_that_asks_by_name_depends_on_it(tmp_path: Path, arm: str) -> None:
     assert not same(tmp_path, SEEING[arm])
 

@@ -113,6 +113,7 @@ def test_an_engine_that_does_not_run_the_module_s_layers_is_found_out(tmp_path: 
         fit(tmp_path, Elsewhere(), suppression())
 
 
+@pytest.mark.slow
 def test_the_random_control_is_a_unit_direction_of_the_same_shape_that_depends_on_the_seed(tmp_path: Path) -> None:
     found = []
     for settings in ({}, {"random_direction": True, "seed": 1}, {"random_direction": True, "seed": 2}):

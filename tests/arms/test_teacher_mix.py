@@ -63,6 +63,7 @@ def test_replayed_rows_are_the_pool_s_with_the_log_probabilities_that_their_auth
     assert float(trainer.logged_metrics["train/teacher/coverage"]) == pytest.approx(share * windows[4].group_size)
 
 
+@pytest.mark.slow
 def test_the_choice_is_a_function_of_seed_and_slot_alone(tmp_path: Path, pool: Path) -> None:
     windows, _ = mixed(tmp_path / "a", pool, per_group=2)
     callback = TeacherMix(str(pool), select="", per_group=2, seed=3)
@@ -76,6 +77,7 @@ def test_the_choice_is_a_function_of_seed_and_slot_alone(tmp_path: Path, pool: P
         assert [r.tokens for r in part.rollouts] == [r.tokens for r in whole.rollouts[own]]
 
 
+@pytest.mark.slow
 def test_nothing_is_replayed_from_the_given_step_on(tmp_path: Path, pool: Path) -> None:
     windows, _ = mixed(tmp_path, pool, until_step=2)
     sources = [{rollout.source for rollout in window.rollouts} for window in windows]
