@@ -114,7 +114,8 @@ def cpu_seconds(run: Callable[[], Any]) -> float:
 
 def in_turn(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int) -> tuple[float, float]:
     """Median CPU seconds of both, after one warm-up each."""
-    ours(), peer()
+    for warm_up in (ours, peer):
+        warm_up()
     pairs = [(cpu_seconds(ours), cpu_seconds(peer)) for _ in range(repeats)]
     return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
 
