@@ -46,8 +46,15 @@ class Prefix:
         logits, positions = logits.index_select(0, rows), attention.sum(dim=1)[rows]
         if share:
             return Prefix(cache, logits, attention, positions, rows)
-        cache.batch_select_indices(rows)
+        select_rows(cache, rows)
         return Prefix(cache, logits, attention[rows], positions)
+
+
+def select_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Keep or repeat rows of a cache in place; recurrent layers know the selection under another name than attention layers."""
+    for layer in cache.layers:
+        select: Any = getattr(layer, "batch_select_indices", None) or getattr(layer, "reorder_cache")  # noqa: B009
+        select(rows)
 
 
 class Continuation(Protocol):
@@ -83,7 +90,7 @@ class OwnCaches:
 
     def keep(self, rows: Tensor) -> None:
         """See :class:`Continuation`."""
-        self._cache.batch_select_indices(rows)
+        select_rows(self._cache, rows)
         self._attention, self._positions = self._attention[rows], self._positions[rows]
 
 
