@@ -264,5 +264,6 @@ def test_another_sampler_switches_the_correction_on_and_the_trainers_own_does_no
     with pytest.raises(ValueError, match="log-probabilities of the truncated distribution"):
         GRPOModule(**common, **truncating, mismatch=None, updates_per_window=2, reuse_sampler_log_probs=True)
     assert GRPOModule(**common, **truncating, mismatch=None).mismatch is None
+    word: Any = "sometimes"
     with pytest.raises(ValueError, match="give auto, null"):
-        GRPOModule(**common, **{"mismatch": "sometimes"})
+        GRPOModule(**common, mismatch=word)
