@@ -12,7 +12,7 @@ The verbaliser is a random Qwen3 of the size of ``--width`` and ``--layers``; wh
 * ``64 texts per activation``: CPU seconds of ``transformers``' ``generate`` with ``num_return_sequences`` (which computes the prompt for
   every text) against a prompt computed once, at equal numbers of tokens. Bar 1.5.
 
-One thread, CPU; 24 activations by default, about two minutes of CPU time. Both sides of a case run in turn in one process; ``ratio`` is
+One thread, CPU; 24 activations by default, about a minute of CPU time. Both sides of a case run in turn in one process; ``ratio`` is
 peer over ours of the medians.
 """
 
