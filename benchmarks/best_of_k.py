@@ -5,12 +5,12 @@
 
 The verbaliser is a random Qwen3 of the size of ``--width`` and ``--layers``; what it writes does not matter for the cost. Cases:
 
-* ``generated texts, K = 1..64``: texts that both ways decode for K = 1, 2, 4, ..., 64 (an exact count). Bar 1.8: at most 0.55 of the work.
+* ``generated texts, K = 1..64``: texts that both ways decode for K = 1, 2, 4, ..., 64 (an exact count). Aim 1.8: at most 0.55 of the work.
 * ``time of a sweep, K = 1..64``: CPU seconds of the same.
-* ``Monte-Carlo variance at K = 1``: variance of the estimate over repeated draws, first column against order statistics. Bar 30.
-* ``second run``: CPU seconds of a whole sweep, fresh against cached. Bar 20.
+* ``Monte-Carlo variance at K = 1``: variance of the estimate over repeated draws, first column against order statistics. Aim 30.
+* ``second run``: CPU seconds of a whole sweep, fresh against cached. Aim 20.
 * ``64 texts per activation``: CPU seconds of ``transformers``' ``generate`` with ``num_return_sequences`` (which computes the prompt for
-  every text) against a prompt computed once, at equal numbers of tokens. Bar 1.5.
+  every text) against a prompt computed once, at equal numbers of tokens. Aim 1.5.
 
 One thread, CPU; 24 activations by default, about a minute of CPU time. Both sides of a case run in turn in one process; ``ratio`` is
 peer over ours of the medians.

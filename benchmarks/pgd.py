@@ -8,7 +8,7 @@ a case is the median of ``--repeats`` CPU times, ``ratio`` is SPD's over ours. L
 Memory is the rise of a process of its own over its size before the attack: the same attack batch for SPD, and for us 64 rows against 8,
 both in microbatches of 8.
 
-Bars: PGD evaluation 1.5, memory of 64 rows at most 1.25 times that of 8 (a ``ratio`` of at least 0.8), training steps 1.3.
+Aims: PGD evaluation 1.5, memory of 64 rows at most 1.25 times that of 8 (a ``ratio`` of at least 0.8), training steps 1.3.
 """
 
 from __future__ import annotations

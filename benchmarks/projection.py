@@ -7,7 +7,7 @@ One fit per case. On every other step the callback stands aside, so that both ki
 case is the median over ``--pairs`` neighbouring steps of the two kinds after a warm-up; ``ratio`` is time without over time with: 0.99
 means 1 % overhead. ``hooks`` is the share of a step without it that is spent inside the callback's own hooks: the same overhead seen from
 inside, less what the projection leaves in the caches, and steady also on a busy machine.
-Bars: 0.99 for a rank-1 gradient projection, 0.97 for k = 16 on the update. One thread, CPU; the model is small, so the share is an upper
+Aims: 0.99 for a rank-1 gradient projection, 0.97 for k = 16 on the update. One thread, CPU; the model is small, so the share is an upper
 bound for larger ones (the projection grows with the adapter, the step with model times tokens).
 """
 

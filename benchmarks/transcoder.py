@@ -47,7 +47,7 @@ WIDTH, LATENTS, ACTIVE, BATCH = 256, 4096, 32, 1024
 FRACTIONS = [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
 PREFIXES = [round(fraction * LATENTS) for fraction in FRACTIONS]
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-BARS = {
+AIMS = {
     "sparsify transcoder, Adam": 1.4,
     "SAELens TopK": 2.5,
     "dictionary_learning Matryoshka": 2.5,
@@ -212,10 +212,10 @@ def measure(case: str, module: TranscoderModule, peers: Mapping[str, Step], step
     for name in peers:
         own, other = medians["ours"], medians[name]
         row = {"case": f"{case} / {name}", "ours": own[0], "peer": other[0], "ratio": other[0] / own[0], "unit": "CPU s per step"}
-        rows.append(row | {"n": steps, "ours_wall": own[1], "peer_wall": other[1], "bar": BARS.get(name)})
+        rows.append(row | {"n": steps, "ours_wall": own[1], "peer_wall": other[1], "aim": AIMS.get(name)})
         print(
             f"{row['case']:62s} ours {1e3 * own[0]:7.1f} ms, peer {1e3 * other[0]:7.1f} ms: {row['ratio']:.2f}x "
-            f"(wall {other[1] / own[1]:.2f}x{f', bar {BARS[name]}' if name in BARS else ''}, n={steps})",
+            f"(wall {other[1] / own[1]:.2f}x{f', aim {AIMS[name]}' if name in AIMS else ''}, n={steps})",
             flush=True,
         )
     return rows
