@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from theodolite.launch import Command, LaunchError, Request, main, submit
+from theodolite.launch import Command, LaunchError, Request, main, submit, unfinished_jobs
 
 TEST = ("test", "--config", "k_sweep.yaml")
 
@@ -79,6 +80,32 @@ def test_direct_runs_here_and_ends_as_the_command_ends(monkeypatch: pytest.Monke
         main(["--gpus", "2", "--direct", "--", *TEST])
     assert stopped.value.code == 3
     assert seen == [Request(TEST, gpus=2).arguments()]
+
+
+def test_jobs_have_not_ended_while_squeue_names_them_and_its_silence_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "squeue"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert unfinished_jobs("slurm", []) == {}, "nothing was submitted, so nobody needs SLURM"
+    with pytest.raises(LaunchError, match="login node"):
+        unfinished_jobs("slurm", ["1"])
+    script.write_text("#!/bin/sh\necho '1 PENDING'\necho '2 RUNNING'\necho '9 RUNNING'\necho '4 REQUEUED'\n")
+    script.chmod(0o755)
+    assert unfinished_jobs("slurm", ["1", "2", "3", "4"]) == {"1": "queued", "2": "running", "4": "queued"}
+    script.write_text("#!/bin/sh\necho 'controller is down' >&2\nexit 1\n")
+    with pytest.raises(LaunchError, match="controller is down"):
+        unfinished_jobs("slurm", ["1"])
+
+
+def test_a_local_job_has_not_ended_while_its_controller_lives() -> None:
+    other = subprocess.Popen(["/bin/sleep", "30"])
+    named = subprocess.Popen(["/bin/sh", "-c", "read line", "submitit.local._local"], stdin=subprocess.PIPE)
+    try:
+        assert unfinished_jobs("local", [str(other.pid), str(named.pid), str(os.getpid())]) == {str(named.pid): "running"}
+    finally:
+        for process in (other, named):
+            process.kill()
+            process.communicate()
+    assert unfinished_jobs("local", [str(named.pid)]) == {}
 
 
 def test_requeued_job_runs_the_same_command_again(tmp_path: Path) -> None:

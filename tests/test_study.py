@@ -17,7 +17,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS))
 
-from theodolite.study import Job, clear_run, run_jobs  # noqa: E402
+from theodolite.study import Job, clear_run, config_hashes, run_jobs, visible_gpus  # noqa: E402
 
 BASE: dict[str, Any] = {
     "model": {"class_path": "tiny_modules.TinyModel"},
@@ -65,14 +65,44 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_of_an_unfinished_run_is_taken_for_the_new_one_s(tmp_path: Path) -> None:
-    (tmp_path / "rollouts").mkdir()
     files = ["run.json", "config.yaml", "manifest.json", "metrics.jsonl", "timings.jsonl", "rollouts/step_000001_val_hinted.parquet"]
+    files += ["completions/step_000001.parquet", "checkpoints/last.ckpt", "checkpoints/sharded.ckpt/0.distcp"]
     for name in [*files, "notes.txt"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     clear_run(tmp_path)
     clear_run(tmp_path)
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["notes.txt"]
-    assert not list((tmp_path / "rollouts").iterdir())
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(("record", "rows", "tested"), [
+    ({"test": True}, "", True),
+    ({"test": False}, '{"step": 4, "test/n": 3}\n', False),
+    ({}, '{"step": 4, "val/n": 3}\n', False),
+    ({}, '{"step": 4, "test/hinted/n": 3}\n', True),  # written before records said it
+])  # fmt: skip
+def test_a_run_without_the_test_protocol_is_not_done_where_it_is_asked_for(
+    tmp_path: Path, record: dict[str, Any], rows: str, tested: bool
+) -> None:
+    plain, full = job(tmp_path, "one"), job(tmp_path, "one", test=True)
+    plain.run_dir.mkdir()
+    (plain.run_dir / "metrics.jsonl").write_text(rows)
+    same = {"args": list(plain.args), "configs": config_hashes(plain.args), "seconds": 1.0}
+    (plain.run_dir / "run.json").write_text(json.dumps(same | record))
+    assert plain.done, "a run that was tested is also one that need not be"
+    assert full.done == tested
+
+
+def test_gpus_are_those_that_this_process_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus(2) == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 5,GPU-7")
+    assert visible_gpus(3) == ["4", "5", "GPU-7"]
+    assert visible_gpus(1) == ["4"]
+    with pytest.raises(ValueError, match="--gpus 4 is more than CUDA_VISIBLE_DEVICES='4, 5,GPU-7' names; ask for at most 3"):
+        visible_gpus(4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus(0) == []
 
 
 def test_progress_is_the_last_logged_training_step_whatever_the_logging_interval(tmp_path: Path) -> None:

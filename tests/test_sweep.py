@@ -154,6 +154,24 @@ def test_jobs_of_a_queue_run_one_part_and_take_the_launcher_s_options(tmp_path: 
         parse_request(["--direct"], ["study.yaml"], "theodolite.sweep")
 
 
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"report": {"measures": {"hack_rat": "val/hack_rate"}}}, "study.yaml, report: there is no measure 'hack_rat'"),
+    ({"report": {"claims": {"arm": "quick"}}}, "study.yaml, report has"),
+    ({"report": {"claim": {"arm": "quik", "against": "plain"}}}, "claim names the arm 'quik', .* the closest is 'quick'"),
+    ({"report": {"comparisons": [["quick", "vanilla"]]}}, "comparisons names the arm 'vanilla'"),
+    ({"hypotheses": "h.yaml"}, "h.yaml names the arm 'slow', which the study does not have; there are plain, quick"),
+    ({"hypotheses": "g.yaml"}, "measure is 'hack_rat'"),
+])  # fmt: skip
+def test_what_the_report_could_not_read_is_refused_before_anything_runs(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    entry = {"name": "H", "claim": "c", "arm": "quick", "against": "plain", "measure": "hack_rate", "change": "lower"}
+    (tmp_path / "h.yaml").write_text(yaml.safe_dump({"hypotheses": [entry | {"against": "slow"}]}))
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump({"hypotheses": [entry | {"measure": "hack_rat"}]}))
+    study = read_study_file(written(tmp_path, **changes), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run_study(study, options(tmp_path), Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_line_ends_with_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path / "nowhere.yaml"), "--out", str(tmp_path / "out")])
@@ -167,9 +185,9 @@ def test_the_command_line_ends_with_one_sentence(tmp_path: Path, capsys: pytest.
 def test_a_study_runs_once_and_continues_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(TESTS))
     study: StudyFile = read_study_file(written(tmp_path), tmp_path)
-    failures, seconds = run_study(study, options(tmp_path), Console(quiet=True))
+    failures, timings = run_study(study, options(tmp_path), Console(quiet=True))
     assert failures == []
-    assert set(seconds) == {"warm start", "runs"}
+    assert set(timings.seconds) == {"warm start", "runs"}
     rows = {name: (tmp_path / "out" / name / "metrics.jsonl").read_bytes() for name in ("plain-3", "quick-3", "plain-4")}
     assert rows["plain-3"] != rows["quick-3"] != rows["plain-4"]
     stamp = (tmp_path / "out" / "plain-3" / "run.json").stat().st_mtime_ns

@@ -6,22 +6,21 @@
 
 Act one asks what every arm does when its detector sees every hack; act two has two families of hacks, and detectors that were shown one of
 them only. Both are studies for ``theodolite-sweep`` in ``configs/experiment``; their hypotheses lie beside them and are copied into the
-study's folder before anything runs. Interrupted, the same command continues.
+study's folder before anything runs. Interrupted, the same command continues. ``--arms`` are taken from every act that has them.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from theodolite.provenance import write_json_atomic
-from theodolite.sweep import TIMINGS, chosen, end_with, run_study, sweep_parser
+from theodolite.study_file import read_study_file
+from theodolite.study_timings import Timings
+from theodolite.sweep import chosen, end_with, run_study, sweep_parser, write_plan
 
 ACTS = ("act_one", "act_two")
 
@@ -48,36 +47,50 @@ def _split(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple
 
 
 def _both(options: argparse.Namespace, extra: tuple[str, ...]) -> list[str]:
-    failures: list[str] = []
-    console, named = Console(), options.arms
-    for act in options.acts:
-        path = options.configs / "experiment" / f"{act}.yaml"
-        own = argparse.Namespace(**vars(options) | {"out": options.out / act, "arms": named})
-        failures += study_and_report(path, own, console, extra)
-    return failures
+    acts, console = _acts(options), Console()
+    for path, own in acts:  # what cannot work in either is said before the first run of both
+        write_plan(chosen(path, own, extra), own.out)
+    return [failure for path, own in acts for failure in study_and_report(path, own, console, extra)]
+
+
+def _acts(options: argparse.Namespace) -> list[tuple[Path, argparse.Namespace]]:
+    """Study file and options of every act that has any of the arms asked for.
+
+    Raises:
+        ValueError: No act has one of them.
+    """
+    found, known = [], set[str]()
+    for act in dict.fromkeys(options.acts):
+        study = read_study_file(options.configs / "experiment" / f"{act}.yaml", options.configs)
+        known |= set(study.arm_names)
+        arms = None if options.arms is None else [arm for arm in options.arms if arm in study.arm_names]
+        if arms is None or arms:
+            found.append((study.path, argparse.Namespace(**vars(options) | {"out": options.out / act, "arms": arms})))
+    unknown = [arm for arm in options.arms or () if arm not in known]
+    if unknown:
+        raise ValueError(f"no arm is named {unknown[0]!r} in {' and '.join(options.acts)}; there are {', '.join(sorted(known))}.")
+    return found
 
 
 def study_and_report(path: Path, options: argparse.Namespace, console: Console, extra: tuple[str, ...] = ()) -> list[str]:
     """Run a study and write its report; returns one sentence per failed run."""
     study = chosen(path, options, extra)
-    failures, seconds = run_study(study, options, console)
+    failures, timings = run_study(study, options, console)
     if failures and not any(options.out.glob("*/run.json")):
         return failures
-    start = time.perf_counter()
-    report(options.out, seconds)
-    seconds["report"] = time.perf_counter() - start
-    summary = report(options.out, seconds)  # a second time, so that the page states its own cost too
-    _print_results(summary, seconds, options.out, console)
+    summary = report(options.out, timings)
+    _print_results(summary, timings.seconds, options.out, console)
     return failures
 
 
-def report(out: Path, seconds: dict[str, float]) -> dict[str, Any]:
-    """Write timings and the report; returns the summary."""
-    from theodolite.reports import build_report  # imported late: matplotlib is not needed before
+def report(out: Path, timings: Timings) -> dict[str, Any]:
+    """Write the report; returns its summary. A call that did nothing else leaves the timings, and so the report's bytes, as they were."""
+    from theodolite.reports import build_report  # imported late: what cannot work is said without matplotlib
 
-    rounded = {phase: round(value, 1) for phase, value in seconds.items()}
-    write_json_atomic(out / TIMINGS, {"seconds": rounded, "cpu_count": len(os.sched_getaffinity(0))})
-    return build_report(out, pdf=True)
+    if timings.changed:
+        with timings.phase("report"):
+            build_report(out, pdf=True)
+    return build_report(out, pdf=True)  # after the other, so that the page states its own cost too
 
 
 def _print_results(summary: dict[str, Any], seconds: dict[str, float], out: Path, console: Console) -> None:

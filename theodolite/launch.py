@@ -7,8 +7,9 @@
     theodolite-launch --gpus 1 --executor local -- test --config ... # in the background of this machine
 
 One process per GPU is started and ``--trainer.devices`` set, unless the command names it. A request for all GPUs of a node becomes
-exclusive. A job that SLURM preempts or that reaches its time limit is put back into the queue and runs the same command again: every
-stage of a sweep continues where it was (for ``fit``, give ``--ckpt_path last``). The job's id and logs are printed.
+exclusive. A job that SLURM preempts or that reaches its time limit is put back into the queue and runs the same command again: a best-of-K
+sweep continues where it was, ``theodolite-sweep`` repeats the run that was cut short from its first step, and ``fit`` continues where it is
+given ``--ckpt_path last``. The job's id and logs are printed.
 
 ``submitit`` hands the command to the job in a file that it pickles in the log folder; the command's own results are never pickled.
 """
@@ -22,7 +23,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,6 +180,48 @@ def submit(request: Request, executor: str) -> Any:
     else:  # one process: Lightning starts the others itself
         queue.update_parameters(timeout_min=request.minutes(), gpus_per_node=request.gpus, tasks_per_node=1, name=request.job_name)
     return queue.submit(Command(request.arguments(), os.getcwd()))
+
+
+def unfinished_jobs(executor: str, ids: Iterable[str]) -> dict[str, str]:
+    """State, ``queued`` or ``running``, of those jobs that have not ended.
+
+    Args:
+        executor: What they were submitted to.
+        ids: submitit's ids.
+
+    Raises:
+        LaunchError: SLURM does not answer.
+    """
+    wanted = set(ids)
+    if executor != "slurm":
+        return {job: "running" for job in wanted if "submitit.local._local" in _command_of(job)}
+    if not wanted:
+        return {}
+    if shutil.which("squeue") is None:
+        raise LaunchError("there is no squeue on this machine to ask what became of submitted jobs: ask from a login node.")
+    question = ["squeue", "--noheader", "--user", str(os.getuid()), "--format", "%A %T"]
+    answer = subprocess.run(question, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise LaunchError(f"squeue does not say which jobs are left ({answer.stderr.strip()}): try again when SLURM answers.")
+    rows = [line.split() for line in answer.stdout.splitlines() if line.strip()]
+    return {job: "running" if state in ("RUNNING", "COMPLETING") else "queued" for job, state in rows if job in wanted}
+
+
+def _command_of(process: str) -> str:
+    """A process's command line; empty if it has ended."""
+    folder = Path("/proc", process)
+    if not Path("/proc/self/cmdline").exists():
+        return subprocess.run(["ps", "-p", process, "-o", "command="], capture_output=True, text=True, check=False).stdout
+    command = b""
+    try:
+        for _ in range(50):  # a process that has only just begun has no arguments yet; one that has ended will never have any
+            command = (folder / "cmdline").read_bytes()
+            if command or "\nState:\tZ" in (folder / "status").read_text():
+                break
+            time.sleep(0.01)
+    except OSError:
+        return ""
+    return command.replace(b"\0", b" ").decode(errors="replace")
 
 
 def main(args: Sequence[str] | None = None) -> None:

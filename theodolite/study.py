@@ -1,6 +1,7 @@
 """Runs of a study as processes: a bounded number at once, one thread each, each with its own folder, log and record.
 
-A run that has its ``run.json`` is finished and is not repeated, so an interrupted study continues where it was.
+A run that has its ``run.json`` is finished and is not repeated, so an interrupted study continues where it was. Runs are kept whole or not
+at all: one that was interrupted begins again, without anything that it left.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -55,12 +57,16 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether an earlier call has finished it with the same arguments and the same content of the configs that they name."""
+        """Whether an earlier call has finished it with the same arguments and the same content of the configs that they name.
+
+        A run that was tested is also one that need not be; not the other way round.
+        """
         path = self.run_dir / RUN_RECORD
         if not path.is_file():
             return False
         record = json.loads(path.read_text())
-        return (record.get("args"), record.get("configs")) == (list(self.args), config_hashes(self.args))
+        same = (record.get("args"), record.get("configs")) == (list(self.args), config_hashes(self.args))
+        return same and (not self.test or _tested(record, self.run_dir))
 
     def steps_done(self) -> int:
         """Training batches done, as far as they are logged."""
@@ -69,24 +75,32 @@ class Job:
         return max((json.loads(line)["step"] + 1 for line in lines if '"train/' in line), default=0)
 
 
+def _tested(record: dict[str, Any], run_dir: Path) -> bool:
+    """Whether a finished run went through the test protocol; where an older record does not say, its logged rows do."""
+    if "test" in record:
+        return bool(record["test"])
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.is_file() and '"test' in metrics.read_text(encoding="utf-8")
+
+
 def config_hashes(args: Sequence[str]) -> dict[str, str]:
     """Content hash of every file that a ``--config=`` of a command line names."""
     return {arg: file_hash(Path(arg.removeprefix("--config="))) for arg in args if arg.startswith("--config=")}
 
 
-def run_job(job: Job, gpu: int | None = None) -> None:
+def run_job(job: Job, gpu: str | None = None) -> None:
     """Run one job in this process, then exit. Output goes to the run's log.
 
     Args:
         job: What to run.
-        gpu: The only GPU that it sees; None = whatever this process sees.
+        gpu: The only GPU that it sees, as CUDA names it; None = whatever this process sees.
 
     Raises:
         SystemExit: Always; 0 when the run is complete.
     """
     _die_with_study()
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)  # read when CUDA is first used, which is in this process
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA is first used, which is in this process
     job.run_dir.mkdir(parents=True, exist_ok=True)
     with open(job.run_dir / "log.txt", "w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
@@ -112,10 +126,24 @@ def _run(job: Job) -> None:
     record = job.record | {
         "args": list(job.args),
         "configs": configs,
+        "test": job.test,
         "command": shlex.join(["theodolite", *args]),
         "seconds": round(time.perf_counter() - start, 3),
     }
     write_json_atomic(job.run_dir / RUN_RECORD, record)
+
+
+def visible_gpus(count: int) -> list[str]:
+    """CUDA's names of the first ``count`` GPUs that this process may use: the entries of ``CUDA_VISIBLE_DEVICES`` where it is set.
+
+    Raises:
+        ValueError: It names fewer.
+    """
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(gpu) for gpu in range(count)] if given is None else [name.strip() for name in given.split(",") if name.strip()]
+    if len(names) < count:
+        raise ValueError(f"--gpus {count} is more than CUDA_VISIBLE_DEVICES={given!r} names; ask for at most {len(names)}, or name more.")
+    return names[:count]
 
 
 def run_jobs(jobs: Sequence[Job], processes: int, watch: Callable[[Sequence[Job], Job | None], None], gpus: int = 0) -> list[str]:
@@ -128,30 +156,32 @@ def run_jobs(jobs: Sequence[Job], processes: int, watch: Callable[[Sequence[Job]
         jobs: What to run; those already done are skipped.
         processes: Most runs at once.
         watch: Called about five times a second with the running jobs, and with each job that has just finished.
-        gpus: Give each run one of so many GPUs, the one that fewest others use; 0 = leave devices to the configs.
+        gpus: Give each run one of so many GPUs (of those in ``CUDA_VISIBLE_DEVICES``), the one that fewest others use; 0 = leave devices to
+            the configs.
 
     Returns:
         One sentence per failed job.
 
     Raises:
-        ValueError: If two jobs share a folder.
+        ValueError: If two jobs share a folder, or there are fewer GPUs.
     """
     if len({job.run_dir for job in jobs}) < len(jobs):
         raise ValueError("Two runs of the study have the same folder; give each its own run_dir.")
+    names = visible_gpus(gpus)
     os.environ["OMP_NUM_THREADS"] = "1"  # read when the server imports torch
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["theodolite.cli", "theodolite.reports"])
     waiting = [job for job in jobs if not job.done]
     running: dict[Path, tuple[Job, ForkServerProcess]] = {}
-    on_gpu: dict[Path, int] = {}
+    on_gpu: dict[Path, str] = {}
     failures: list[str] = []
     try:
         while waiting or running:
             while waiting and len(running) < processes:
                 job = waiting.pop(0)
                 clear_run(job.run_dir)
-                if gpus:
-                    on_gpu[job.run_dir] = min(range(gpus), key=lambda gpu: [on_gpu[run] for run in running].count(gpu))
+                if names:
+                    on_gpu[job.run_dir] = min(names, key=lambda gpu: [on_gpu[run] for run in running].count(gpu))
                 process = context.Process(target=run_job, args=(job, on_gpu.get(job.run_dir)), daemon=False)
                 process.start()
                 running[job.run_dir] = (job, process)
@@ -172,11 +202,13 @@ def run_jobs(jobs: Sequence[Job], processes: int, watch: Callable[[Sequence[Job]
 
 
 def clear_run(run_dir: Path) -> None:
-    """Remove what an unfinished run left of its results, so that nothing of it is taken for the new one's."""
+    """Remove what an unfinished run left of its results, so that nothing of it is taken for the new one's, by the report or another run."""
     for name in (RUN_RECORD, "config.yaml", "manifest.json", "metrics.jsonl", "timings.jsonl"):
         (run_dir / name).unlink(missing_ok=True)
-    for path in (run_dir / "rollouts").glob("*.parquet"):
+    for path in (*(run_dir / "rollouts").glob("*.parquet"), *(run_dir / "completions").glob("*.parquet")):
         path.unlink()
+    for path in sorted((run_dir / "checkpoints").rglob("*.ckpt")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)  # one that is sharded is a folder
 
 
 def _die_with_study() -> None:

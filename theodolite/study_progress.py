@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,8 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from theodolite.study import RUN_RECORD, Job, run_jobs
 
 
-def run_with_progress(jobs: Sequence[Job], processes: int, console: Console, gpus: int = 0) -> list[str]:
-    """Run jobs under a bar for each that runs and one for all; a line for each that ends. Returns one sentence per failed job."""
+def run_with_progress(
+    jobs: Sequence[Job], processes: int, console: Console, gpus: int = 0, ended: Callable[[], None] | None = None
+) -> list[str]:
+    """Run jobs under a bar for each that runs and one for all; a line for each that ends, after which ``ended`` is called.
+
+    Returns:
+        One sentence per failed job.
+    """
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         overall = progress.add_task("runs", total=len(jobs), completed=sum(job.done for job in jobs)) if len(jobs) > 1 else None
@@ -30,6 +36,8 @@ def run_with_progress(jobs: Sequence[Job], processes: int, console: Console, gpu
                 if overall is not None:
                     progress.advance(overall)
                 progress.console.print(finished_line(finished), highlight=False)
+                if ended is not None:
+                    ended()
 
         return run_jobs(jobs, processes, watch, gpus)
 

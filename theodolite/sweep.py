@@ -7,11 +7,16 @@
     theodolite-sweep STUDY.yaml --out DIR --executor slurm --slurm "--gpus 1 --time 12:00:00 --partition gpu"
     theodolite-sweep STUDY.yaml --out DIR --seeds 20 --arms vanilla oracle -- --trainer.max_steps=2
 
-The warm start comes first, then the runs; ``DIR/runs.json`` says of every run whether it is done, failed or missing, and where its log is.
+The warm start comes first, then the runs; ``DIR/runs.json`` says of every run whether it is done, failed or missing; on SLURM also queued
+or running.
 What is finished is not repeated, so the same command continues an interrupted study; a changed config, option or warm start is another run
 and is repeated. Options after ``--`` go to every run. Every run of one seed sees the same prompts in the same order.
 
-On SLURM the warm start is a job of its own that is waited for, then every run is one; the same command shows how far they are.
+Before anything runs the study's ``report`` and its hypotheses are read as the report will read them, with the arms and measures they name.
+
+On SLURM the warm start is a job of its own that is waited for, then every run is one, of a single process on at most one GPU. The same
+command shows how far they are, leaves alone what is queued or running (``DIR/jobs.json``) and submits the rest. Only whole runs are kept:
+one that was preempted or interrupted begins again from its first step.
 """
 
 from __future__ import annotations
@@ -22,8 +27,9 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,15 +37,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from theodolite.launch import LaunchError, parse_request, submit
+from theodolite.config_layers import closest
+from theodolite.launch import LaunchError, parse_request
 from theodolite.provenance import write_json_atomic
-from theodolite.study import RUN_RECORD, Job
+from theodolite.study import RUN_RECORD, Job, visible_gpus
 from theodolite.study_file import Arm, StudyFile, read_study_file
 from theodolite.study_progress import run_with_progress
-from theodolite.warm_start import QUIET, warm_start
+from theodolite.study_queue import StudyQueue
+from theodolite.study_timings import Timings
+from theodolite.warm_start import QUIET, cached_phases, policy_folder, warm_start
 
-PLAN, RUNS, TIMINGS = "study.json", "runs.json", "timings.json"
-"""What the study is, what became of every run, and what it cost: in the study's folder."""
+PLAN, RUNS = "study.json", "runs.json"
+"""What the study is, and what became of every run: in the study's folder."""
+WARM_START = "warm start"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -120,30 +130,35 @@ def chosen(path: Path, options: argparse.Namespace, extra: tuple[str, ...] = ())
 
 def run_study(
     study: StudyFile, options: argparse.Namespace, console: Console, only_warm_start: bool = False, part: bool = False
-) -> tuple[list[str], dict[str, float]]:
-    """Warm start and runs, in this terminal.
+) -> tuple[list[str], Timings]:
+    """Warm start and runs, in this terminal; all that can be checked beforehand is.
 
     Returns:
-        One sentence per failure, and wall seconds by phase.
+        One sentence per failure, and what the study's phases took.
+
+    Raises:
+        ValueError: The study's report or hypotheses cannot be read, or there are fewer GPUs than asked for.
     """
-    seconds: dict[str, float] = {}
-    start = time.perf_counter()
-    policy, failures = warm_start(study.warm_start, options.configs, options.cache, console)
-    seconds["warm start"] = time.perf_counter() - start
-    if failures or only_warm_start:
-        return failures, seconds
-    if not part:
+    alone = not (part or only_warm_start)
+    visible_gpus(options.gpus)
+    if alone:
         write_plan(study, options.out)
-    jobs = study_jobs(study, options.configs, options.out, policy)
+    jobs = study_jobs(study, options.configs, options.out, policy_folder(study.warm_start, options.configs, options.cache))
+    todo = {job.run_dir for job in jobs if not job.done}
+    timings = Timings(options.out, any(path.parent not in todo for path in options.out.glob(f"*/{RUN_RECORD}")), alone)
+    cached = cached_phases(study.warm_start, options.configs, options.cache)
+    with timings.phase("warm start", work=cached < len(study.warm_start), kept=cached > 0):
+        _, failures = warm_start(study.warm_start, options.configs, options.cache, console)
+    if failures or only_warm_start:
+        return failures, timings
     processes = options.processes or options.gpus or len(os.sched_getaffinity(0))
-    start = time.perf_counter()
     try:
-        failures = run_with_progress(jobs, processes, console, options.gpus)
+        with timings.phase("runs", work=bool(todo)) as note:
+            failures = run_with_progress(jobs, processes, console, options.gpus, note)
     finally:
         if not part:
             console.print(table_of(write_table(jobs, options.out), study))
-    seconds["runs"] = time.perf_counter() - start
-    return failures, seconds
+    return failures, timings
 
 
 def study_jobs(study: StudyFile, configs: Path, out: Path, policy: Path | None) -> list[Job]:
@@ -163,8 +178,10 @@ def write_plan(study: StudyFile, out: Path) -> None:
     """Write what the report must know (of all the file's arms, chosen or not), and the hypotheses, before anything runs.
 
     Raises:
-        ValueError: The folder holds other hypotheses: what was written down before earlier runs must not change under them.
+        ValueError: The report could not read them, or the folder holds other hypotheses: what was written down before earlier runs must
+            not change under them.
     """
+    check_plan(study)
     out.mkdir(parents=True, exist_ok=True)
     if study.hypotheses is not None:
         target, content = out / "hypotheses.yaml", study.hypotheses.read_bytes()
@@ -174,8 +191,39 @@ def write_plan(study: StudyFile, out: Path) -> None:
     write_json_atomic(out / PLAN, dict(study.plan))
 
 
-def write_table(jobs: Sequence[Job], out: Path) -> list[dict[str, Any]]:
+def check_plan(study: StudyFile) -> None:
+    """Read the study's report and hypotheses as its report will, and look for the arms that they name.
+
+    Raises:
+        ValueError: They cannot be read, or name an arm that the study does not have.
+    """
+    from theodolite.reports.hypotheses import read_hypotheses  # imported late: a part of a sweep needs no matplotlib
+    from theodolite.reports.plan import read_plan
+
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / PLAN
+        write_json_atomic(written, dict(study.plan))
+        try:
+            plan = read_plan(Path(folder))
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(written), f"{study.path}, report")) from error
+    entries = [] if study.hypotheses is None else read_hypotheses(study.hypotheses)
+    named: list[tuple[object, object]] = [(study.hypotheses, arm) for entry in entries for arm in (entry.arm, entry.against)]
+    named += [(f"{study.path}: comparisons", arm) for pair in plan.comparisons or () for arm in pair]
+    if plan.claim is not None:
+        named += [(f"{study.path}: claim", arm) for arm in (plan.claim.arm, plan.claim.against, plan.claim.reference)]
+    for where, arm in named:
+        if isinstance(arm, str) and arm not in plan.arms:
+            raise ValueError(f"{where} names the arm {arm!r}, which the study does not have{closest(arm, plan.arms)}.")
+
+
+def write_table(jobs: Sequence[Job], out: Path, unfinished: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Write ``runs.json``: of every run its arm, seed, state, seconds, folder, and the last line of a failed one's log.
+
+    Args:
+        jobs: The runs.
+        out: The study's folder.
+        unfinished: State by name of runs that wait in a queue or run elsewhere.
 
     Returns:
         The records of these jobs; the file keeps those of other jobs that it already had.
@@ -183,7 +231,8 @@ def write_table(jobs: Sequence[Job], out: Path) -> list[dict[str, Any]]:
     records = []
     for job in jobs:
         log, record_file = job.run_dir / "log.txt", job.run_dir / RUN_RECORD
-        state = "done" if job.done else "failed" if log.is_file() else "missing"
+        left = "failed" if log.is_file() else "missing"
+        state = "done" if job.done else (unfinished or {}).get(job.name, left)
         record: dict[str, Any] = {"arm": job.record["arm"], "seed": job.record["seed"], "state": state, "folder": job.name}
         record["seconds"] = json.loads(record_file.read_text(encoding="utf-8"))["seconds"] if state == "done" else None
         record["error"] = _last_line(log) if state == "failed" else None
@@ -210,27 +259,44 @@ def table_of(records: Sequence[dict[str, Any]], study: StudyFile) -> Table:
 
 
 def _queue(study: StudyFile, options: argparse.Namespace, extra: tuple[str, ...], console: Console) -> list[str]:
-    """Submit the warm start and wait for it, then submit every run that is not done; or say how far they are."""
+    """Submit the warm start and wait for it, then submit every run that is neither done nor in the queue; or say how far they are."""
+    asked = shlex.split(options.slurm)
+    if parse_request(asked, ["-"], "theodolite.sweep").gpus > 1:
+        raise LaunchError("--slurm asks for several GPUs per run, but a run of a sweep is one process: ask for --gpus 1.")
     shared = ["--cache", str(options.cache), "--configs", str(options.configs), "--out", str(options.out)]
     tail = ["--", *extra] if extra else []
-
-    def send(*arguments: str) -> Any:
-        command = [str(options.study), *shared, *arguments, *tail]
-        return submit(parse_request(shlex.split(options.slurm), command, module="theodolite.sweep"), options.executor)
-
-    if study.warm_start:
-        send("--only-warm-start").result()
-    policy, failures = warm_start(study.warm_start, options.configs, options.cache, console)  # from the cache
-    if failures:
-        return failures
     write_plan(study, options.out)
-    jobs = study_jobs(study, options.configs, options.out, policy)
+    queue = StudyQueue(options.out, options.executor)
+
+    def send(name: str, *arguments: str) -> None:
+        sent = queue.send(name, parse_request(asked, [str(options.study), *shared, *arguments, *tail], "theodolite.sweep"))
+        console.print(f"{name}: job {sent.job_id}, log {sent.paths.stdout}", highlight=False)
+
+    if not _trained(study, options):
+        if WARM_START not in queue.unfinished():
+            send(WARM_START, "--only-warm-start")
+        queue.wait(WARM_START)
+        if not _trained(study, options, patience_s=30.0):
+            return [f"The job of the warm start ended without a policy; see {queue.log(WARM_START)}."]
+    if options.only_warm_start:
+        return []
+    jobs = study_jobs(study, options.configs, options.out, policy_folder(study.warm_start, options.configs, options.cache))
+    there = queue.unfinished()
     for job in jobs:
-        if not job.done:
-            sent = send("--arms", job.record["arm"], "--seeds", str(job.record["seed"]), "--processes", "1", "--part")
-            console.print(f"{job.name}: job {sent.job_id}, log {sent.paths.stdout}", highlight=False)
-    console.print(table_of(write_table(jobs, options.out), study))
+        if not job.done and job.name not in there:
+            send(job.name, "--arms", job.record["arm"], "--seeds", str(job.record["seed"]), "--processes", "1", "--part")
+    console.print(table_of(write_table(jobs, options.out, queue.unfinished()), study))
     return []
+
+
+def _trained(study: StudyFile, options: argparse.Namespace, patience_s: float = 0.0) -> bool:
+    """Whether the cache holds the whole warm start; files of another machine may take a while to be seen here."""
+    deadline = time.monotonic() + patience_s
+    while cached_phases(study.warm_start, options.configs, options.cache) < len(study.warm_start):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(1.0)
+    return True
 
 
 if __name__ == "__main__":

@@ -33,9 +33,7 @@ def warm_start(phases: tuple[Phase, ...], configs: Path, cache: Path, console: C
         Folder of the last phase's policy (None without phases), and sentences about failures.
     """
     policy: Path | None = None
-    for index, phase in enumerate(phases):
-        key = phase_key(phases[: index + 1], configs)
-        home = cache / "warm_start" / f"{phase.name}-{key[:16]}"
+    for phase, (home, key) in zip(phases, _homes(phases, configs, cache), strict=True):
         source = [] if policy is None else [f"--model.policy={policy}"]
         policy = home / "policy"
         if _cached(home, key):
@@ -44,10 +42,28 @@ def warm_start(phases: tuple[Phase, ...], configs: Path, cache: Path, console: C
         clear_run(home)  # a finished run whose weights are gone or changed must not count as done
         args = ("fit", *(f"--config={configs / layer}" for layer in phase.layers), *source, *QUIET)
         failures = run_with_progress([Job(home, args, {"phase": phase.name}, test=False, steps=phase.steps)], 1, console)
-        if failures:
-            return policy, failures
-        write_json_atomic(home / "done.json", {"key": key, "weights": file_hash(policy / "model.safetensors")})
+        weights = None if failures else _weights(policy)
+        if weights is None:
+            return policy, failures or [f"{phase.name} ended without a policy: there are no *.safetensors in {policy}."]
+        write_json_atomic(home / "done.json", {"key": key, "weights": weights})
     return policy, []
+
+
+def policy_folder(phases: tuple[Phase, ...], configs: Path, cache: Path) -> Path | None:
+    """Where the last phase's policy is, or will be; None without phases."""
+    homes = _homes(phases, configs, cache)
+    return homes[-1][0] / "policy" if homes else None
+
+
+def cached_phases(phases: tuple[Phase, ...], configs: Path, cache: Path) -> int:
+    """How many of the phases need not be trained."""
+    return sum(_cached(home, key) for home, key in _homes(phases, configs, cache))
+
+
+def _homes(phases: tuple[Phase, ...], configs: Path, cache: Path) -> list[tuple[Path, str]]:
+    """Folder and key of every phase."""
+    keys = [phase_key(phases[: index + 1], configs) for index in range(len(phases))]
+    return [(cache / "warm_start" / f"{phase.name}-{key[:16]}", key) for phase, key in zip(phases, keys, strict=True)]
 
 
 def phase_key(phases: tuple[Phase, ...], configs: Path) -> str:
@@ -64,8 +80,16 @@ def phase_key(phases: tuple[Phase, ...], configs: Path) -> str:
 
 
 def _cached(home: Path, key: str) -> bool:
-    marker, weights = home / "done.json", home / "policy" / "model.safetensors"
-    if not marker.is_file() or not weights.is_file():
+    marker, weights = home / "done.json", _weights(home / "policy")
+    if not marker.is_file() or weights is None:
         return False
     record = json.loads(marker.read_text(encoding="utf-8"))
-    return record.get("key") == key and record.get("weights") == file_hash(weights)
+    return record.get("key") == key and record.get("weights") == weights
+
+
+def _weights(policy: Path) -> str | None:
+    """Hash of a policy's weights, in one file or in shards; None where there are none."""
+    files = sorted(policy.glob("*.safetensors"))
+    if [file.name for file in files] == ["model.safetensors"]:
+        return file_hash(files[0])
+    return content_hash({file.name: file_hash(file) for file in files}) if files else None
