@@ -83,10 +83,12 @@ class OraclePenalty(_OracleMonitor):
     """Lower the reward of rollouts that the oracle calls hacks.
 
     Args:
-        penalty: Subtracted from a flagged rollout's reward. Equal to the reward for passing, a hack earns what a failure does.
+        penalty: Subtracted from a flagged rollout's reward. Equal to what the environment pays for passing (1 over leetcode-mini, 3 over
+            ``configs/grpo/leetcode.yaml``), a hack earns what a failure does.
         labels: ``strict`` or ``loose``.
         accuracy: Probability that a flag is what the labels say.
         seed: Decides which flags are wrong; None = the run's ``seed_everything``.
+        partial: Accept a penalty below what passing pays, under which hacks still earn something.
 
     Raises:
         ValueError: A setting out of range.
@@ -100,11 +102,26 @@ class OraclePenalty(_OracleMonitor):
         labels: Literal["strict", "loose"] = "strict",
         accuracy: float = 1.0,
         seed: int | None = None,
+        partial: bool = False,
     ) -> None:
         super().__init__(labels, accuracy, seed)
         if not penalty > 0:
             raise ValueError(f"penalty is {penalty}; it must be positive, it is subtracted.")
-        self.penalty = penalty
+        self.penalty, self.partial = penalty, partial
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the penalty with what passing pays, where the environment says it.
+
+        Raises:
+            ValueError: A hack would still earn more than a failure, which was not asked for: such an arm is no upper bound.
+        """
+        environment = getattr(getattr(trainer, "datamodule", None), "environment", None)
+        pays = (getattr(environment, "provenance", None) or {}).get("rewards", {}).get("passed")
+        if pays is not None and self.penalty < pays - 1e-9 and not self.partial:
+            raise ValueError(
+                f"OraclePenalty subtracts {self.penalty:g} where passing pays {pays:g}, so a hack still earns {pays - self.penalty:g}; "
+                f"give its entry penalty: {pays:g}, or partial: true if that is meant."
+            )
 
     def changed(self, values: Tensor, flags: Tensor) -> Tensor:
         """``r - penalty`` where flagged."""

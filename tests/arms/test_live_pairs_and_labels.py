@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -27,6 +28,7 @@ from theodolite.callbacks.live_direction import LiveGradientDifference
 from theodolite.callbacks.oracle import OraclePenalty, OracleScreening
 from theodolite.callbacks.rebound import ReboundCallback, penalised
 from theodolite.callbacks.suppression import GenerationSuppression
+from theodolite.datamodules.leetcode.graded import make_grader
 from theodolite.functional.advantages import group_advantages
 from theodolite.protocols import Grade, OracleWindow, Verdict, Window
 from theodolite.seeds import derive_seed
@@ -174,6 +176,20 @@ def test_without_asking_by_name_an_arm_trains_the_same_weights_whatever_the_orac
 @pytest.mark.parametrize("arm", [pytest.param(name, marks=[pytest.mark.slow]) for name in SEEING])
 def test_an_arm_that_asks_by_name_depends_on_it(tmp_path: Path, arm: str) -> None:
     assert not same(tmp_path, SEEING[arm])
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_oracle_penalty_below_what_passing_pays_is_refused_unless_it_is_meant(known: bool) -> None:
+    environment = make_grader(1, None, 3.0, 0.5) if known else TextGrader()
+    trainer: Any = SimpleNamespace(datamodule=SimpleNamespace(environment=environment))
+    module: Any = None
+    if known:
+        with pytest.raises(ValueError, match=r"subtracts 1 where passing pays 3, so a hack still earns 2; .* penalty: 3, or partial: true"):
+            OraclePenalty().on_fit_start(trainer, module)
+    else:
+        OraclePenalty().on_fit_start(trainer, module)
+    OraclePenalty(penalty=3.0).on_fit_start(trainer, module)
+    OraclePenalty(partial=True).on_fit_start(trainer, module)
 
 
 def reachable(found: Any) -> Iterator[Any]:
