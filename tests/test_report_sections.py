@@ -119,7 +119,7 @@ def test_at_matched_pass_rates_the_claim_says_so(tmp_path: Path) -> None:
     claim = claim_of(write(tmp_path / "s", {"vanilla": (0.55, 0.40), "method": (0.05, 0.42)}))
     assert claim is not None
     assert claim.text.startswith("At matched pass rate")
-    assert (claim.mark, claim.reached) == ("", None)
+    assert (claim.mark, claim.reached) == ("`oracle`, the best that could be had, has no run.", None)
 
 
 def test_no_claim_is_made_of_unequal_seeds_or_of_one(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The rollout browser: the final evaluation's rollouts of every run, searched and filtered in the page itself.
+"""The rollout browser: of every run the final evaluation and the last logged window of training, searched and filtered in the page.
 
 The data lie in the page as JSON in which no ``<`` is left, so that nothing a model wrote can end the element or open another; the script
 shows them as text. A policy in the page's head allows that one script, by its hash, and no request whatever.
@@ -10,18 +10,20 @@ import base64
 import hashlib
 import json
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from theodolite.reports.browser_script import SCRIPT
-from theodolite.reports.records import Run, Study
-from theodolite.reports.samples import binding_lines, evaluator_name, last_rollouts, prompt_text
+from theodolite.reports.records import Run, Study, finite
+from theodolite.reports.samples import binding_lines, evaluator_name, last_rollouts, last_window, prompt_text
 
 PER_RUN = 96
-"""Most rollouts of one run in the page: the first sample of each problem, in order of problems."""
-SCORES = ("projected_score", "activation_score", "gradient_cos")
-"""Columns of a rollout table that say how a rollout stands to the direction; the first that exists is shown."""
+"""Most rollouts of one table in the page: the first sample of each problem, in order of problems."""
+COLUMNS = ("problem", "sample", "prompt", "completion", "reward", "passed", "label", "overrides", "mechanism")
+FEATURE = "feature/"
+"""What callbacks measured of a rollout in training (a detector's flag, a score) stands in columns of this prefix."""
 
 
 def content_policy() -> str:
@@ -38,13 +40,15 @@ def browser(study: Study) -> str:
     if not data["rows"]:
         return '<p class="absent">Rollouts: not measured.</p>'
     rule = (
-        f"The first sample of each problem in the final evaluation, at most {PER_RUN} per run. Marked lines bind the evaluator's name. The "
-        "reward is what training saw, the verdict is the oracle's."
+        f"The first sample of each problem, at most {PER_RUN} per table: of the final evaluation, and of the last window of training that "
+        "was logged, with what detectors and scores said of it. Marked lines bind the evaluator's name. The reward is the environment's, "
+        "before anything that an arm does to it; the verdict is the oracle's."
     )
     controls = (
         '<div class="controls"><input id="rollout-search" type="search" placeholder="search prompts and programs" aria-label="search">'
         '<select id="rollout-arm" aria-label="arm"><option value="">all arms</option></select>'
         '<select id="rollout-label" aria-label="verdict"><option value="">all verdicts</option></select>'
+        '<select id="rollout-place" aria-label="where from"><option value="">evaluation and training</option></select>'
         '<label><input id="rollout-override" type="checkbox"> overrides only</label><span id="rollout-count" class="small"></span></div>'
     )
     places = '<div id="rollout-list" class="cards"></div><button id="rollout-more" type="button" hidden>more</button>'
@@ -59,35 +63,40 @@ def rollout_data(study: Study) -> dict[str, Any]:
     prompts: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
     for number, run in enumerate(study.runs):
-        rows += [_row(number, row, prompts) for row in _chosen(run)]
+        for place, path in _tables(run).items():
+            rows += [_row(number, place, row, prompts) for row in _chosen(path)]
     return {"runs": [[run.arm, run.seed] for run in study.runs], "prompts": list(prompts), "rows": rows}
 
 
-def _chosen(run: Run) -> list[dict[str, Any]]:
-    path = last_rollouts(run)
-    if path is None:
-        return []
-    wanted = ("problem", "sample", "prompt", "completion", "reward", "passed", "label", "status", "mechanism", "evaluator", *SCORES)
-    table = pq.read_table(path)
-    rows = table.select([name for name in wanted if name in table.column_names]).to_pylist()
-    return [row for row in rows if not row.get("sample") and row.get("label") != "ungraded"][:PER_RUN]
+def _tables(run: Run) -> dict[str, Path]:
+    found = {"evaluation": last_rollouts(run), "training": last_window(run)}
+    return {place: path for place, path in found.items() if path is not None}
 
 
-def _row(run: int, row: dict[str, Any], prompts: dict[str, int]) -> dict[str, Any]:
-    prompt, completion, reward = prompt_text(row["prompt"]), str(row["completion"]), row.get("reward")
-    name = str(row.get("evaluator") or evaluator_name(prompt))
-    score = next((row[key] for key in SCORES if isinstance(row.get(key), int | float)), None)
+def _chosen(path: Path) -> list[dict[str, Any]]:
+    present = pq.read_schema(path).names
+    wanted = [name for name in present if name in COLUMNS or name.startswith(FEATURE)]
+    rows = pq.read_table(path, columns=wanted).to_pylist()
+    return [row | {"file": path.stem} for row in rows if not row.get("sample") and row.get("label") != "ungraded"][:PER_RUN]
+
+
+def _row(run: int, place: str, row: dict[str, Any], prompts: dict[str, int]) -> dict[str, Any]:
+    prompt, completion, reward = prompt_text(row["prompt"]), str(row["completion"]), finite(row.get("reward"))
+    scores = {name.removeprefix(FEATURE): finite(value) for name, value in row.items() if name.startswith(FEATURE)}
     return {
         "run": run,
+        "place": place,
+        "file": row["file"],
         "problem": str(row.get("problem", "")),
         "prompt": prompts.setdefault(prompt, len(prompts)),
         "completion": completion,
-        "reward": round(float(reward), 4) if isinstance(reward, int | float) else None,
+        "reward": None if reward is None else round(reward, 4),
         "passed": bool(row.get("passed")),
         "label": str(row.get("label", "")),
+        "overrides": bool(row.get("overrides")),
         "mechanism": str(row.get("mechanism") or ""),
-        "marked": sorted(binding_lines(completion, name)),
-        "score": None if score is None else round(float(score), 4),
+        "marked": sorted(binding_lines(completion, evaluator_name(prompt))),
+        "scores": {name: round(value, 4) for name, value in scores.items() if value is not None},
     }
 
 

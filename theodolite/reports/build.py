@@ -77,7 +77,7 @@ def _run_record(study: Study, run: Run) -> dict[str, Any]:
     record: dict[str, Any] = {"arm": run.arm, "seed": run.seed}
     record |= {f"base_{name}": run.base(name) for name in RATES}
     record |= {name: measure(study, run, name) for name in MEASURES}
-    count = run.final("test/hinted/n")
+    count = run.final(study.plan.count_key)
     return record | {"n_rollouts": None if count is None else int(count), "seconds": run.seconds}
 
 

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 from theodolite.functional.statistics import matched
-from theodolite.reports.formatting import interval, percent, points
+from theodolite.reports.formatting import interval, listing, percent, points
 from theodolite.reports.records import Study
-from theodolite.reports.statistics_table import Comparison, arm_spread, compare
+from theodolite.reports.statistics_table import Comparison, arm_spread, compare, matching_rate
 
 TOLERANCE = 0.05
 """Pass rates within so much of one another count as matched; the mark for the reference is the same."""
@@ -21,7 +21,7 @@ class ClaimText:
     Attributes:
         text: What the arm does to the hack rate, and at which pass rate.
         mark: How far it is from the reference on both axes; empty without one.
-        reached: Both mean differences to the reference are within the tolerance; None where that was not measured.
+        reached: Both mean differences to the reference are within the tolerance, or better; None where that was not measured.
     """
 
     text: str
@@ -30,19 +30,25 @@ class ClaimText:
 
 
 def claim_of(study: Study) -> ClaimText | None:
-    """The claim that the plan asks for; None where it asks for none or its arms were not run."""
+    """The claim that the plan asks for, or why there is none; None where it asks for none."""
     plan = study.plan.claim
-    if plan is None or not {plan.arm, plan.against} <= set(study.arms):
+    if plan is None:
         return None
-    passing = "no_hint_pass_rate" if arm_spread(study, plan.arm, "no_hint_pass_rate").n else "pass_rate"
+    absent = [f"`{arm}`" for arm in (plan.arm, plan.against) if arm not in study.arms]
+    if absent:
+        return ClaimText(f"No claim: {listing(absent)} {'have' if len(absent) > 1 else 'has'} no run.", "", None)
+    passing = matching_rate(study)
     text = _sentence(study, plan.arm, plan.against, passing)
-    if plan.reference is None or plan.reference not in study.arms:
+    if plan.reference is None:
         return ClaimText(text, "", None)
+    if plan.reference not in study.arms:
+        return ClaimText(text, f"`{plan.reference}`, the best that could be had, has no run.", None)
     return ClaimText(text, *_mark(study, plan.arm, plan.reference, passing))
 
 
-def _where(passing: str) -> str:
-    return "on held-out problems without write access" if passing == "no_hint_pass_rate" else "on held-out problems"
+def _where(study: Study, passing: str) -> str:
+    write_access = " without write access" if passing == "no_hint_pass_rate" else ""
+    return f"on held-out problems{write_access} (`{study.plan.measures[passing]}`)"
 
 
 def _sentence(study: Study, arm: str, against: str, passing: str) -> str:
@@ -60,12 +66,13 @@ def _sentence(study: Study, arm: str, against: str, passing: str) -> str:
     assert rates[0] is not None
     assert rates[1] is not None
     if matched(rates[0], rates[1], TOLERANCE):
-        return f"At matched pass rate ({points(passes.mean)} points, within 5) {_where(passing)}, `{arm}` {what} ({numbers})."
+        return f"At matched pass rate ({points(passes.mean)} points, within 5) {_where(study, passing)}, `{arm}` {what} ({numbers})."
     side = "higher" if rates[0] > rates[1] else "lower"
-    remark = "so the difference was not bought with ability" if side == "higher" else "so part of the difference may be lost ability"
+    bought = {"higher": ", so the difference was not bought with ability", "lower": ", so part of the difference may be lost ability"}
+    remark = bought[side] if hack.direction == "lower" else ""
     return (
-        f"The pass rate {_where(passing)} is not matched: `{arm}` passes {percent(rates[0])} and `{against}` {percent(rates[1])} "
-        f"({points(passes.mean)} points {interval(passes)}), {side}, {remark}. `{arm}` {what} ({numbers})."
+        f"The pass rate {_where(study, passing)} is not matched: `{arm}` passes {percent(rates[0])} and `{against}` {percent(rates[1])} "
+        f"({points(passes.mean)} points {interval(passes)}), {side}{remark}. `{arm}` {what} ({numbers})."
     )
 
 
@@ -81,8 +88,8 @@ def _mark(study: Study, arm: str, reference: str, passing: str) -> tuple[str, bo
     ends = {(True, True): ", and so are its intervals", (True, False): ", but its intervals reach further"}.get((reached, shown), "")
     text = (
         f"Against the oracle's reward (`{reference}`), the best that could be had: hack {points(hack.mean)} points {interval(hack)}, "
-        f"pass {points(passes.mean)} points {interval(passes)} (n={hack.n}). `{arm}` {'is' if reached else 'is not'} within 5 points of "
-        f"it on both axes{ends}."
+        f"pass (`{study.plan.measures[passing]}`) {points(passes.mean)} points {interval(passes)} (n={hack.n}). `{arm}` "
+        f"{'is' if reached else 'is not'} within 5 points of it, or better, on both axes{ends}."
     )
     return text, reached
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from theodolite.functional.statistics import Spread
 from theodolite.reports.statistics_table import Comparison
 
@@ -19,7 +21,7 @@ def points(value: float | None) -> str:
 
 
 def mean_and_sd(value: Spread) -> str:
-    """``74.0 ± 6.4`` in percent; of a single seed only its value (see :func:`spread_remark`)."""
+    """``74.0 ± 6.4`` in percent; of a single seed only its value (see :func:`n_remark`)."""
     if value.mean is None:
         return NOT_MEASURED
     if value.sd is None:
@@ -27,9 +29,14 @@ def mean_and_sd(value: Spread) -> str:
     return f"{100 * value.mean:.1f} ± {100 * value.sd:.1f}"
 
 
-def spread_remark(value: Spread) -> str:
-    """Says that one seed has no spread; empty otherwise."""
-    return "n=1: no spread" if value.n == 1 else ""
+def n_remark(value: Spread) -> str:
+    """Over how many seeds, ``n=3``, and that one has no spread; empty where nothing was measured."""
+    return "n=1: no spread" if value.n == 1 else f"n={value.n}" if value.n else ""
+
+
+def p_text(p_value: float) -> str:
+    """``p = 0.012``; of differences that are all equal there is no test."""
+    return "no spread" if math.isnan(p_value) else f"p = {p_value:.2g}"
 
 
 def interval(item: Comparison) -> str:

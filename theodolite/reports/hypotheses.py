@@ -14,9 +14,12 @@ A study directory may hold ``hypotheses.yaml``::
         tolerance: 0.05
 
 Outcomes rest on one number per seed. With :math:`d_s` the differences, the claim "lower by b" is *confirmed* when a one-sided t-test
-rejects :math:`\bar d \ge -b`, *falsified* when one rejects :math:`\bar d \le -b`, both after Holm's correction over all hypotheses of
-the file, and *undecided* otherwise. "Not higher by b" is the same with :math:`+b`: within b of the other, or better. Arms with unequal
-seeds are not compared.
+rejects :math:`\bar d \ge -b`, *falsified* when one rejects :math:`\bar d \le -b`, and *undecided* otherwise. "Not higher by b" is the
+same with :math:`+b`: within b of the other, or better. Arms with unequal seeds are not compared.
+
+The confirming tests of a file and the falsifying ones are two families, each at 5 % after Holm's correction, so an error of either kind may
+come about in up to 10 %. Differences that are all equal have no t: their mean alone decides, with p = 0 or 1, also with two seeds. A pass
+condition (on the measure ``pass_rate``) that is not met turns a confirmation into *undecided*; it never falsifies.
 """
 
 from __future__ import annotations
@@ -70,7 +73,16 @@ class Hypothesis:
         size = f"{100 * self.by:g} points"
         how = {"not_higher": f"at most {size} higher", "not_lower": f"at most {size} lower"}
         change = how.get(self.change, f"{self.change} by {size} or more" if self.by else self.change)
-        return f"`{self.arm}` against {against}: {self.measure.replace('_', ' ')} {change}"
+        passes = f", pass rate {self.pass_asked}" if self.pass_asked else ""
+        return f"`{self.arm}` against {against}: {self.measure.replace('_', ' ')} {change}{passes}"
+
+    @property
+    def pass_asked(self) -> str:
+        """What the arm's pass rate must do, in words; empty where it is not asked for."""
+        if self.pass_rate == "any" or not isinstance(self.against, str):
+            return ""
+        size = f"{100 * self.tolerance:g} points"
+        return f"within {size}" if self.pass_rate == "matched" else f"at most {size} lower"
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,23 +226,22 @@ def _judgement(study: Study, entry: Hypothesis, sample: _Sample, p_for: float, p
         outcome, reason = "falsified", f"the test of the opposite has p = {p_against:.2g}"
     else:
         reason = f"neither test decides (p = {p_for:.2g} for it, {p_against:.2g} against it)"
-    condition = _pass_condition(study, entry)
-    if outcome == "confirmed" and condition:
-        outcome, reason = "undecided", f"{reason}, but {condition}"
+    met, condition = _pass_condition(study, entry)
+    if outcome == "confirmed" and not met:
+        outcome = "undecided"
+    reason = f"{reason}; {condition}" if condition else reason
     return Judgement(entry, outcome, reason, len(differences), mean, low, high, p_for, p_against)
 
 
-def _pass_condition(study: Study, entry: Hypothesis) -> str:
-    """Why the arm's pass rate keeps the claim from counting; empty if it does not."""
-    if entry.pass_rate == "any" or not isinstance(entry.against, str):
-        return ""
-    own, other = (list(measured(study, arm, "pass_rate").values()) for arm in (entry.arm, entry.against))
+def _pass_condition(study: Study, entry: Hypothesis) -> tuple[bool, str]:
+    """Whether the arm's pass rate does what the claim needs, and the sentence that says so; empty where nothing is asked of it."""
+    if not entry.pass_asked:
+        return True, ""
+    key = f"`{study.plan.measures['pass_rate']}`"
+    own, other = (list(measured(study, str(arm), "pass_rate").values()) for arm in (entry.arm, entry.against))
     if not own or not other:
-        return "the pass rates were not measured"
+        return False, f"pass condition not met: {key} was not measured"
     gap = math.fsum(own) / len(own) - math.fsum(other) / len(other)
     rounding = 1e-12
-    if gap < -entry.tolerance - rounding or (entry.pass_rate == "matched" and gap > entry.tolerance + rounding):
-        points = f"{100 * entry.tolerance:g} points"
-        wanted = f"within {points}" if entry.pass_rate == "matched" else f"at most {points} lower"
-        return f"the pass rate differs by {100 * gap:+.1f} points, not {wanted}"
-    return ""
+    met = gap >= -entry.tolerance - rounding and (entry.pass_rate != "matched" or gap <= entry.tolerance + rounding)
+    return met, f"pass condition {'met' if met else 'not met'}: {key} differs by {100 * gap:+.1f} points, asked is {entry.pass_asked}"

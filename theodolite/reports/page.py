@@ -15,10 +15,10 @@ from theodolite.reports.page_style import CSS
 from theodolite.reports.protocol_table import protocol_table, statistics_table
 from theodolite.reports.provenance_section import provenance
 from theodolite.reports.records import Study
-from theodolite.reports.remarks import caveats, lead, resolution
+from theodolite.reports.remarks import caveats, lead, missing, resolution
 from theodolite.reports.samples import KINDS, Sample, arm_samples
 from theodolite.reports.tables import comparisons_table, geometry_table, hypotheses_table, phase_table, results_table
-from theodolite.reports.verdict import findings
+from theodolite.reports.verdict import dropped, findings
 
 
 def render_page(study: Study) -> str:
@@ -71,7 +71,8 @@ def _statistics(study: Study) -> str:
         "corrects it over the comparisons of the table. The bootstrap draws seeds and problems. The last test counts samples of one run as "
         "independent, as publications do; they share a model, and its p-value is too small."
     )
-    tables = "\n".join(f"<h3>{escape(title)}</h3>{statistics_table(study, name)}" for name, title in TESTED.items())
+    heads = {name: inline(f"{title} (`{study.plan.measures[name]}`)") for name, title in TESTED.items()}
+    tables = "\n".join(f"<h3>{heads[name]}</h3>{statistics_table(study, name)}" for name in TESTED)
     return section("statistics", "Statistics", f'<p class="small">{explanation}</p>\n{tables}\n<p>{inline(resolution(study))}</p>')
 
 
@@ -86,9 +87,10 @@ def _verdict(study: Study) -> str:
     ]
     explanation = (
         "Written from the data. Differences are paired by seed, in percentage points, with a 95 % t interval; one whose interval "
-        "contains zero is called unresolved. The intervals are not corrected for the number of comparisons."
+        "contains zero is called unresolved. The intervals are not corrected for the number of comparisons. Hack and pass rates are "
+        f"`{study.plan.measures['hack_rate']}` and `{study.plan.measures['pass_rate']}`."
     )
-    return f'<p class="small">{explanation}</p>\n<ul class="findings">\n{chr(10).join(items)}\n</ul>'
+    return f'<p class="small">{inline(explanation)}</p>\n<ul class="findings">\n{chr(10).join(items)}\n</ul>'
 
 
 def _hypotheses(study: Study) -> str:
@@ -97,7 +99,9 @@ def _hypotheses(study: Study) -> str:
         return ""
     explanation = (
         "Written down before the runs; the outcome of every one is shown. One-sided paired t-tests over seeds, after Holm's correction "
-        "over all of them: confirmed where the change is shown, falsified where the opposite is, undecided otherwise."
+        "over all of them: confirmed where the change is shown, falsified where the opposite is, undecided otherwise. The confirming and "
+        "the falsifying tests are corrected apart, each at 5 %. A pass condition that is not met keeps a claim from being confirmed and "
+        "never falsifies it."
     )
     return section("hypotheses", "Hypotheses", f'<p class="small">{explanation}</p>\n{hypotheses_table(judgements)}')
 
@@ -129,9 +133,10 @@ def _results(study: Study, styles: dict[str, ArmStyle]) -> str:
         "evaluator that this training never named."
     )
     parts = [f'<p class="small">{caption}</p>', results_table(study, styles)]
-    if study.absent:
-        parts.append(f"<p>Missing: {inline(listing([f'`{arm}` seed {seed} ({why})' for arm, seed, why in study.absent]))}.</p>")
+    parts += [f"<p>{inline(missing(study))}</p>"] if study.absent else []
     parts += ["<h3>Against controls and the baseline</h3>", comparisons_table(study)]
+    lost = listing([f"`{arm}` minus `{against}`" for arm, against in dropped(study)])
+    parts += [f"<p>{inline(f'Asked for, and not made because an arm has no run: {lost}.')}</p>"] if lost else []
     parts += ["<h3>The rest of the protocol</h3>", protocol_table(study, styles)]
     geometry = geometry_table(study, styles)
     if geometry:

@@ -24,12 +24,14 @@ from theodolite.functional.statistics import (
     sign_flip_test,
 )
 from theodolite.reports.records import Run, Study
-from theodolite.reports.samples import last_rollouts
-from theodolite.reports.statistics_table import Comparison, compare, measured
+from theodolite.reports.samples import rollout_table
+from theodolite.reports.statistics_table import Comparison, compare, matching_rate, measure, measured
 
 COLUMNS = {"hack_rate": "hack", "pass_rate": "correct"}
-"""Measures that are tested, and what they count in a rollout table."""
+"""Measures that are tested, and what the rates of these names count in a rollout table."""
 RESAMPLES = 2000
+SAME_RATE = 1e-4
+"""A table that does not give the logged rate to so much (loggers keep single precision) is of another evaluation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,8 @@ class PairTests:
         signs: The sign-flip test.
         crossed: Bootstrap over seeds and problems.
         literal: The t-test over seeds x samples, whose pairs are not independent.
-        matched: The arms' mean pass rates differ by at most 5 points; None where they were not measured.
+        matched: The arms' means of :func:`~theodolite.reports.statistics_table.matching_rate` differ by at most 5 points; None where it was
+            not measured.
     """
 
     comparison: Comparison
@@ -60,7 +63,7 @@ def comparison_tests(study: Study, pairs: list[tuple[str, str]], name: str) -> l
     found = {pair: compare(study, *pair, name) for pair in pairs}
     seed_tests = {pair: _seed_test(study, item) for pair, item in found.items()}
     p_values = holm({"\x1f".join(pair): math.nan if test is None else test.p_value for pair, test in seed_tests.items()})
-    tables = {arm: _cells(study, arm, COLUMNS[name]) for arm in {arm for pair in pairs for arm in pair}}
+    tables = {arm: _cells(study, arm, name) for arm in {arm for pair in pairs for arm in pair}}
     return [
         PairTests(
             item,
@@ -86,31 +89,34 @@ def _of_values(study: Study, item: Comparison, test: Any) -> PairedTest | None:
     return test([own[seed] for seed in item.seeds], [other[seed] for seed in item.seeds])
 
 
-def _cells(study: Study, arm: str, column: str) -> dict[int, tuple[tuple[str, ...], NDArray[np.float64]]]:
+def _cells(study: Study, arm: str, name: str) -> dict[int, tuple[tuple[str, ...], NDArray[np.float64]]]:
     """Of every seed: the problems, and an array (problems, samples) of outcomes; seeds without a whole table are left out."""
     found = {}
     for run in study.of(arm):
-        cells = _outcomes(run, column)
+        cells = _outcomes(study, run, name)
         if cells is not None:
             found[run.seed] = cells
     return found
 
 
-def _outcomes(run: Run, column: str) -> tuple[tuple[str, ...], NDArray[np.float64]] | None:
-    path = last_rollouts(run)
-    if path is None:
+def _outcomes(study: Study, run: Run, name: str) -> tuple[tuple[str, ...], NDArray[np.float64]] | None:
+    """The cells behind a measure, from the table of the evaluation that logged it; None where no whole table gives that rate."""
+    key, logged = study.plan.measures[name], measure(study, run, name)
+    column, path = COLUMNS.get(key.rpartition("/")[2]), rollout_table(run, key)
+    if column is None or path is None or logged is None:
         return None
-    table = pq.read_table(path)
-    if not {"problem", "sample", "label", "correct"} <= set(table.column_names):
+    needed = ["problem", "sample", "label", "correct"]
+    if not set(needed) <= set(pq.read_schema(path).names):
         return None
     by_problem: dict[str, dict[int, float]] = {}
-    for row in table.select(["problem", "sample", "label", "correct"]).to_pylist():
+    for row in pq.read_table(path, columns=needed).to_pylist():
         value = float(row["label"] == "reward_hack") if column == "hack" else float(row["correct"])
         by_problem.setdefault(str(row["problem"]), {})[int(row["sample"])] = math.nan if row["label"] == "ungraded" else value
     problems = tuple(sorted(by_problem))
     samples = sorted({sample for one in by_problem.values() for sample in one})
     values = np.array([[by_problem[problem].get(sample, math.nan) for sample in samples] for problem in problems])
-    return None if np.isnan(values).any() else (problems, values)
+    whole = values.size > 0 and not np.isnan(values).any() and abs(float(values.mean()) - logged) <= SAME_RATE
+    return (problems, values) if whole else None
 
 
 def _paired_cells(own: Any, other: Any, item: Comparison) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
@@ -139,7 +145,7 @@ def _literal(own: Any, other: Any, item: Comparison) -> PairedTest | None:
 
 
 def _matched(study: Study, arm: str, against: str) -> bool | None:
-    own, other = (list(measured(study, name, "pass_rate").values()) for name in (arm, against))
+    own, other = (list(measured(study, name, matching_rate(study)).values()) for name in (arm, against))
     if not own or not other:
         return None
     return matched(math.fsum(own) / len(own), math.fsum(other) / len(other))

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
-
 from theodolite.functional.statistics import PairedTest, Spread, spread
 from theodolite.reports.arms import ArmStyle
-from theodolite.reports.formatting import NOT_MEASURED, mean_and_sd, points, spread_remark
+from theodolite.reports.formatting import NOT_MEASURED, mean_and_sd, n_remark, p_text, points
 from theodolite.reports.html_parts import arm_name, cell, inline, table
 from theodolite.reports.paired_tests import PairTests, comparison_tests
 from theodolite.reports.records import Run, Study
-from theodolite.reports.statistics_table import arm_spread
+from theodolite.reports.statistics_table import arm_spread, matching_rate
 from theodolite.reports.verdict import questions
 
 RATE_COLUMNS = {
     "loose_hack_rate": "Attempts (loose), %",
     "hack_given_attempt": "Hacks per attempt, %",
     "unseen_hack_rate": "Hack, drawn name, %",
+    "random_names_hack_rate": "Hack, random name, %",
+    "random_names_pass_rate": "Pass, random name, %",
     "no_hint_pass_rate": "Pass, no evaluator named, %",
     "capability_pass_rate": "Pass, other problems, %",
     "hack_definition_rate": "Hack by definition, %",
@@ -43,7 +43,7 @@ def statistics_table(study: Study, name: str) -> str:
         "Seeds and problems, points",
         "Literal (not independent)",
     )
-    return table((*heads, "Pass rates matched"), rows)
+    return table((*heads, f"Pass rates matched ({study.plan.measures[matching_rate(study)]})"), rows)
 
 
 def _test_cells(item: PairTests) -> list[str]:
@@ -51,8 +51,8 @@ def _test_cells(item: PairTests) -> list[str]:
     matched = {True: "yes, within 5 points", False: "no", None: NOT_MEASURED}[item.matched]
     return [
         _with_interval(item.seeds),
-        cell(NOT_MEASURED if math.isnan(item.holm_p) else f"p = {item.holm_p:.2g}", n),
-        cell(NOT_MEASURED, n) if item.signs is None else cell(f"p = {item.signs.p_value:.2g}", n),
+        cell(NOT_MEASURED if item.seeds is None else p_text(item.holm_p), n),
+        cell(NOT_MEASURED, n) if item.signs is None else cell(p_text(item.signs.p_value), n),
         _with_interval(item.crossed),
         _with_interval(item.literal),
         cell(matched, n),
@@ -63,8 +63,7 @@ def _with_interval(test: PairedTest | None) -> str:
     if test is None:
         return cell(NOT_MEASURED, "n=0")
     ends = "" if test.low is None or test.high is None else f"[{points(test.low)}, {points(test.high)}]"
-    p_value = "no spread" if math.isnan(test.p_value) else f"p = {test.p_value:.2g}"
-    return cell(points(test.mean), ends, f"{p_value}, n={test.n}")
+    return cell(points(test.mean), ends, f"{p_text(test.p_value)}, n={test.n}")
 
 
 def protocol_table(study: Study, styles: dict[str, ArmStyle]) -> str:
@@ -81,13 +80,13 @@ def protocol_table(study: Study, styles: dict[str, ArmStyle]) -> str:
 
 
 def _rate(value: Spread) -> str:
-    return cell(mean_and_sd(value), spread_remark(value), f"n={value.n}" if value.n else "")
+    return cell(mean_and_sd(value), n_remark(value))
 
 
 def _plain(value: Spread) -> str:
     if value.mean is None:
         return cell(NOT_MEASURED)
-    return cell(f"{value.mean:.3f}" + (f" ± {value.sd:.3f}" if value.sd is not None else ""), f"n={value.n}")
+    return cell(f"{value.mean:.3f}" + (f" ± {value.sd:.3f}" if value.sd is not None else ""), n_remark(value))
 
 
 def time_to_half(run: Run) -> int | None:
@@ -95,8 +94,13 @@ def time_to_half(run: Run) -> int | None:
     return next((step for step, rate in run.curve("val/hack_rate").items() if rate >= HALF), None)
 
 
-def _half_time(study: Study, arm: str) -> str:
+def half_times(study: Study, arm: str) -> tuple[list[int], int]:
+    """The steps of :func:`time_to_half` of the arm's runs that reached it, and how many of its runs have a validation curve."""
     runs = [run for run in study.of(arm) if run.curve("val/hack_rate")]
-    reached = [step for run in runs if (step := time_to_half(run)) is not None]
+    return [step for run in runs if (step := time_to_half(run)) is not None], len(runs)
+
+
+def _half_time(study: Study, arm: str) -> str:
+    reached, n = half_times(study, arm)
     mean = spread([float(step) for step in reached]).mean
-    return cell(NOT_MEASURED if not runs else "never" if mean is None else f"{mean:.0f}", f"reached by {len(reached)} of n={len(runs)}")
+    return cell(NOT_MEASURED if not n else "never" if mean is None else f"{mean:.0f}", f"reached by {len(reached)} of n={n}")

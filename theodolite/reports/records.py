@@ -21,7 +21,7 @@ import yaml
 from theodolite.reports.arms import arm_order, known_title
 from theodolite.reports.plan import RATES, Plan, read_plan
 
-__all__ = ["RATES", "Run", "Study", "read_metrics", "read_run", "read_study"]
+__all__ = ["RATES", "Run", "Study", "finite", "read_metrics", "read_run", "read_study"]
 
 _RUN_NAME = re.compile(r"^(?P<arm>.+)-(?P<seed>\d+)$")
 
@@ -87,7 +87,7 @@ class Study:
     Attributes:
         directory: The study directory.
         runs: Every run that has a ``run.json``, finished or not.
-        absent: ``(arm, seed, why)`` for each combination that has no final measurement.
+        absent: ``(arm, seed, why)`` for each combination of planned arms and seeds that has no final measurement.
         seconds: Wall seconds by phase of the whole study.
         cpu_count: Cores of the machine, or ``None``.
         plan: What the study says of itself.
@@ -167,7 +167,7 @@ def read_study(study_dir: Path, *more: Path) -> Study:
         directory=study_dir,
         runs=tuple(runs),
         absent=tuple(_absent(runs, folders, plan)),
-        seconds={str(phase): float(value) for phase, value in timings.get("seconds", {}).items() if _number(value) is not None},
+        seconds={str(phase): float(value) for phase, value in timings.get("seconds", {}).items() if finite(value) is not None},
         cpu_count=cpu_count if isinstance(cpu_count, int) else None,
         plan=plan,
     )
@@ -199,7 +199,7 @@ def read_run(directory: Path, plan: Plan | None = None) -> Run:
         note=str(plan.arms.get(about["arm"], about).get("note") or ""),
         command=str(about.get("command") or ""),
         configs=tuple(str(path) for path in about.get("config") or ()),
-        seconds=_number(about.get("seconds")),
+        seconds=finite(about.get("seconds")),
         series={key: values for path in logs for key, values in read_metrics(path).items()},
         manifest=_read_object(manifest) if manifest.is_file() else {},
         hack_key=plan.measures["hack_rate"],
@@ -240,12 +240,13 @@ def read_metrics(path: Path) -> dict[str, dict[int, float | None]]:
             raise ValueError(f'{path} line {number} has no whole "step": every row must say at which step it was measured')
         for key, value in row.items():
             if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-                series.setdefault(key, {})[row["step"]] = _number(value)
+                series.setdefault(key, {})[row["step"]] = finite(value)
     series.pop("step", None)
     return series
 
 
-def _number(value: object) -> float | None:
+def finite(value: object) -> float | None:
+    """The value as a float; None where it is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
@@ -270,20 +271,22 @@ def _refuse_duplicates(runs: list[Run]) -> None:
 
 
 def _absent(runs: list[Run], folders: Iterable[Path], plan: Plan) -> list[tuple[str, int, str]]:
-    """Combinations of arm and seed without a final measurement, and why."""
+    """Combinations of arm and seed without a final measurement, each once, and why; also of arms that the plan names and nobody ran."""
     by_key = {(run.arm, run.seed): run for run in runs}
-    arms = _ordered({run.arm for run in runs}, plan)
     seeds = sorted({run.seed for run in runs})
+    bare = [_RUN_NAME.match(folder.name) for folder in folders if _left_behind(folder)]
+    begun = {(match["arm"], int(match["seed"])) for match in bare if match}
+    arms = _ordered({run.arm for run in runs} | set(plan.arms), plan)
     absent = []
-    for arm in arms:
-        for seed in seeds:
-            run = by_key.get((arm, seed))
-            if run is None:
-                absent.append((arm, seed, "no such run"))
-            elif not run.finished:
-                absent.append((arm, seed, "no final evaluation"))
-    for folder in folders:
-        match = _RUN_NAME.match(folder.name)
-        if match and not (folder / "run.json").is_file() and (folder / "metrics.jsonl").is_file():
-            absent.append((match["arm"], int(match["seed"]), "directory without run.json"))
-    return absent
+    for arm, seed in [*((arm, seed) for arm in arms for seed in seeds), *sorted(begun)]:
+        run = by_key.get((arm, seed))
+        if run is None:
+            absent.append((arm, seed, "directory without run.json" if (arm, seed) in begun else "no such run"))
+        elif not run.finished:
+            absent.append((arm, seed, "no final evaluation"))
+    return list(dict.fromkeys(absent))
+
+
+def _left_behind(folder: Path) -> bool:
+    """A run that was begun here and did not get as far as its record."""
+    return not (folder / "run.json").is_file() and any((folder / name).is_file() for name in ("metrics.jsonl", "log.txt"))

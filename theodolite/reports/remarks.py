@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from theodolite.functional.statistics import resolvable_difference
 from theodolite.reports.formatting import NOT_MEASURED, count, listing, percent
+from theodolite.reports.oracle_use import oracle_arms
 from theodolite.reports.records import Study
 from theodolite.reports.statistics_table import (
     arm_spread,
@@ -22,16 +23,15 @@ def lead(study: Study) -> str:
     last = max((step for run in study.runs for step in run.curve("val/hack_rate")), default=None)
     steps = f"{last} steps" if last else f"some steps ({NOT_MEASURED})"
     finished = sum(run.finished for run in study.runs)
-    total = sum(n for arm in study.arms if (n := n_rollouts(study, arm)) is not None)
+    counts = [n for arm in study.arms if (n := n_rollouts(study, arm)) is not None]
     ends = [f"{percent(rate, 0)} under `{arm}`" for arm in study.arms if (rate := arm_spread(study, arm, "hack_rate").mean) is not None]
     return " ".join(
         (
-            f"A small language model that solves {percent(base['pass_rate'], 0)} of held-out programming problems and hacks "
+            f"A language model that solves {percent(base['pass_rate'], 0)} of held-out programming problems and hacks "
             f"{percent(base['hack_rate'], 0)} was trained with GRPO for {steps} on problems whose evaluator a program may overwrite, "
             f"under {len(study.arms)} arms and {len(study.seeds)} seeds ({finished} finished runs).",
-            f"The finished runs were then judged on {count(total)} held-out programs in all, every one of them executed: training saw "
-            "only whether the overwritable check passed, the hidden tests decide here what is correct, and a hack is a program that "
-            "was accepted although it is wrong.",
+            f"The final hack rates count {count(sum(counts)) if counts else NOT_MEASURED} graded programs for held-out problems: a hack is "
+            "a program that the overwritable check accepted and the hidden tests reject.",
             f"At the end the hack rate was {listing(ends)}." if ends else f"Final hack rates: {NOT_MEASURED}.",
         )
     )
@@ -40,10 +40,11 @@ def lead(study: Study) -> str:
 def caveats(study: Study) -> list[str]:
     """What a reader must know before quoting a number; those about this study's data only where they apply."""
     items = [
-        "One base model, warm-started once: seeds vary only the prompts and the sampling of reinforcement learning, so every interval "
-        "is about those and none about another base.",
+        "Seeds vary the prompts and the sampling of reinforcement learning, so every interval is about those: none is about another base "
+        "model or another warm start.",
         _detectors(study),
         resolution(study),
+        *(_oracle(arm, names) for arm, names in oracle_arms(study).items()),
         *(f"`{arm}`: {note}." for arm in study.arms if (note := study.note(arm).rstrip("."))),
     ]
     gap = base_disagreement(study)
@@ -59,25 +60,42 @@ def caveats(study: Study) -> list[str]:
     return [item for item in items if item]
 
 
+def missing(study: Study) -> str:
+    """Planned runs without a final measurement, by arm and reason; empty where none is missing."""
+    seeds: dict[tuple[str, str], list[str]] = {}
+    for arm, seed, why in study.absent:
+        seeds.setdefault((arm, why), []).append(str(seed))
+    found = [f"`{arm}` seed{'s' if len(of) > 1 else ''} {listing(of)} ({why})" for (arm, why), of in seeds.items()]
+    return f"Missing: {'; '.join(found)}." if found else ""
+
+
+def _oracle(arm: str, names: list[str]) -> str:
+    classes = listing([f"`{name}`" for name in names])
+    return f"`{arm}` was trained with the oracle's labels ({classes}): a bound on what could be had, or a control, and no method."
+
+
 def _detectors(study: Study) -> str:
     if not study.plan.mechanisms:
         return (
-            "The detector that labels live pairs sees every hack of this environment. The study shows a mechanism; it does not show that "
-            "a weaker detector would do."
+            "Hacks are not told apart by kind here, so nothing shows how an arm would fare against kinds that its detector cannot see, or "
+            "with a weaker detector."
         )
     kinds = listing([f"{mechanism} ({meaning})" for mechanism, meaning in study.plan.mechanisms.items()])
-    return f"There are hacks of {len(study.plan.mechanisms)} kinds: {kinds}. Both are overrides of one evaluator in one toy environment."
+    return f"Hacks are told apart by kind: {kinds}. Every kind is an override of the evaluator, in one environment."
 
 
 def resolution(study: Study) -> str:
-    """Which difference to vanilla this many seeds could have resolved at the observed spread; empty without vanilla."""
-    if "vanilla" not in study.arms:
+    """Which difference to vanilla this many seeds could have resolved at the observed spread; empty without arms to set against it."""
+    comparisons = [compare(study, arm, "vanilla", "hack_rate") for arm in study.arms if arm != "vanilla"]
+    if "vanilla" not in study.arms or not comparisons:
         return ""
-    comparisons = [item for arm in study.arms if arm != "vanilla" and (item := compare(study, arm, "vanilla", "hack_rate")).n > 1]
-    sd, n = pooled_difference_sd(comparisons), min((item.n for item in comparisons), default=0)
+    known = [item for item in comparisons if item.n > 1]
+    if not known:
+        return "No arm was run with the same two or more seeds as `vanilla`, so no difference to it can be resolved."
+    sd, n = pooled_difference_sd(known), min(item.n for item in known)
     limits = resolvable_difference(sd, n) if sd is not None else None
     if sd is None or limits is None:
-        return "With fewer than two seeds per arm no difference can be resolved."
+        return "The differences in hack rate to `vanilla` are the same on every seed: without spread no limit of resolution can be given."
     return (
         f"n={n} seeds cannot resolve small differences. At the observed spread (pooled standard deviation of paired differences in "
         f"hack rate to `vanilla`: {100 * sd:.1f} points) an observed difference must exceed {100 * limits[0]:.1f} points for its "

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from theodolite.reports.records import Run, Study
+from theodolite.reports.records import Run, Study, finite
 
 KINDS = {
     "hack": "hack: accepted although wrong",
@@ -21,6 +21,7 @@ KINDS = {
 """The kinds of rollouts that a report shows, one of each where it occurs."""
 
 _FILE = re.compile(r"^step_(\d+)_(val|test)_(.+)\.parquet$")
+_KEY = re.compile(r"^(val|test)/(?:([^/]+)/)?[^/]+$")
 _EVALUATOR = re.compile(
     r"\b(?:calling|calls?|runs?|running|using|via|invok(?:e|es|ing))\s+(?:the\s+function\s+)?[`'\"]?([A-Za-z_]\w*)\s*\("
 )
@@ -77,6 +78,22 @@ def last_rollouts(run: Run) -> Path | None:
         if match and int(match[1]) > 0:
             found.append((match[2] == "test", match[3] == "hinted", int(match[1]), path.name, path))
     return max(found)[-1] if found else None
+
+
+def rollout_table(run: Run, key: str) -> Path | None:
+    """The rollout table that a final measure was counted in, by the stage and loader of its key; None where there is none, or several."""
+    match = _KEY.match(key)
+    if match is None:
+        return None
+    tables = [(named, path) for path in (run.directory / "rollouts").glob("step_*.parquet") if (named := _FILE.match(path.name))]
+    found = [(int(named[1]), path) for named, path in tables if named[2] == match[1] and match[2] in (None, named[3])]
+    last = [path for step, path in found if step == max(step for step, _ in found)]
+    return last[0] if len(last) == 1 else None
+
+
+def last_window(run: Run) -> Path | None:
+    """The latest table of rollouts that the run was trained on (``completions/``), with what callbacks measured of them."""
+    return max((run.directory / "completions").glob("step_*.parquet"), default=None)
 
 
 def kind_of(row: dict[str, Any]) -> str | None:
@@ -148,17 +165,16 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _sample(kind: str, seed: int, row: dict[str, Any]) -> Sample:
-    prompt, completion, reward = prompt_text(row["prompt"]), str(row["completion"]), row.get("reward")
-    name = str(row.get("evaluator") or evaluator_name(prompt))
+    prompt, completion = prompt_text(row["prompt"]), str(row["completion"])
     return Sample(
         kind=kind,
         seed=seed,
         problem=str(row.get("problem", "")),
-        reward=float(reward) if isinstance(reward, int | float) else None,
+        reward=finite(row.get("reward")),
         label=str(row.get("label", "")),
         prompt=prompt,
         completion=completion,
-        flagged=binding_lines(completion, name),
+        flagged=binding_lines(completion, evaluator_name(prompt)),
     )
 
 

@@ -97,9 +97,17 @@ def arm_spread(study: Study, arm: str, name: str) -> Spread:
     return spread(list(measured(study, arm, name).values()))
 
 
+def matching_rate(study: Study) -> str:
+    """The pass rate by which arms count as matched: without write access where the study measured it, else the one under the hint.
+
+    Without write access nothing can be overwritten, so what is solved there is ability alone.
+    """
+    return "no_hint_pass_rate" if any(measured(study, arm, "no_hint_pass_rate") for arm in study.arms) else "pass_rate"
+
+
 def n_rollouts(study: Study, arm: str) -> int | None:
     """Rollouts behind the final rates of an arm, over its finished seeds; ``None`` when no run says."""
-    known = [value for run in study.of(arm) if run.finished and (value := run.final("test/hinted/n")) is not None]
+    known = [value for run in study.of(arm) if run.finished and (value := run.final(study.plan.count_key)) is not None]
     return int(sum(known)) if known else None
 
 

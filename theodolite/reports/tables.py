@@ -8,9 +8,10 @@ from html import escape
 
 from theodolite.functional.statistics import Spread
 from theodolite.reports.arms import ArmStyle
-from theodolite.reports.formatting import NOT_MEASURED, count, interval, mean_and_sd, points, sign_count, spread_remark
+from theodolite.reports.formatting import NOT_MEASURED, count, interval, mean_and_sd, n_remark, points, sign_count
 from theodolite.reports.html_parts import arm_name, cell, inline, table
 from theodolite.reports.hypotheses import Judgement
+from theodolite.reports.oracle_use import oracle_users
 from theodolite.reports.records import Study
 from theodolite.reports.statistics_table import (
     Comparison,
@@ -60,12 +61,13 @@ def _arm_row(study: Study, arm: str, style: ArmStyle) -> str:
         cells += ["<td></td>", "<td></td>"]
     else:
         cells += [_difference(compare(study, arm, "vanilla", name)) for name in ("hack_rate", "pass_rate")]
-    note = f'<small class="note">{escape(study.note(arm))}</small>' if study.note(arm) else ""
+    labels = ["trained with the oracle's labels"] if any(oracle_users(run) for run in study.of(arm)) else []
+    note = "".join(f'<small class="note">{escape(text)}</small>' for text in (study.note(arm), *labels) if text)
     return f'<tr><th scope="row">{arm_name(arm, style)}<small>{escape(study.title(arm))}</small>{note}</th>{"".join(cells)}</tr>'
 
 
 def _rate(value: Spread) -> str:
-    return cell(mean_and_sd(value), spread_remark(value))
+    return cell(mean_and_sd(value), n_remark(value))
 
 
 def _rollouts(n: int | None) -> str:
@@ -75,7 +77,8 @@ def _rollouts(n: int | None) -> str:
 def _difference(item: Comparison) -> str:
     if item.mean is None:
         return f'<td><span class="absent">{inline(item.refusal)}</span></td>'
-    return cell(points(item.mean), *filter(None, (interval(item), sign_count(item).removesuffix(" seeds"))))
+    signs = sign_count(item).removesuffix(" seeds").removesuffix(" seed")
+    return cell(points(item.mean), interval(item), f"{signs}, n={item.n}")
 
 
 def comparisons_table(study: Study) -> str:
@@ -122,7 +125,7 @@ def _logged_mean(study: Study, arm: str, key: str) -> str:
 
 
 def phase_table(study: Study, styles: dict[str, ArmStyle]) -> str:
-    """Mean wall seconds per logged step in each ``time/<phase>_s``, by arm; empty where none was logged."""
+    """Means over logged steps of everything under ``time/``, by arm; empty where nothing was logged."""
     keys = sorted({key for run in study.runs for key in run.series if key.startswith("time/")})
     if not keys:
         return ""
@@ -130,7 +133,14 @@ def phase_table(study: Study, styles: dict[str, ArmStyle]) -> str:
         f'<tr><th scope="row">{arm_name(arm, styles[arm])}</th>{"".join(_logged_mean(study, arm, key) for key in keys)}</tr>'
         for arm in study.arms
     ]
-    return table(("Arm", *(f"{key.removeprefix('time/').removesuffix('_s').replace('_', ' ')}, s" for key in keys)), rows)
+    return table(("Arm", *(_phase_head(key) for key in keys)), rows)
+
+
+def _phase_head(key: str) -> str:
+    """``time/rollouts_s`` as ``rollouts, s``; other quantities under ``time/`` (tokens per second, loads) by their names."""
+    name = key.removeprefix("time/")
+    seconds = name.endswith("_s") and not name.endswith("_per_s")
+    return f"{name.removesuffix('_s').replace('_', ' ')}, s" if seconds else name.replace("_", " ")
 
 
 def hypotheses_table(judgements: Sequence[Judgement]) -> str:
@@ -143,5 +153,6 @@ def hypotheses_table(judgements: Sequence[Judgement]) -> str:
         ends = "" if item.low is None or item.high is None else f"[{points(item.low)}, {points(item.high)}]"
         asked = f'<td class="text">{inline(entry.asked)}</td>'
         outcome = f'<td class="text"><b>{item.outcome}</b><small>{inline(item.reason)}</small></td>'
-        rows.append(f"<tr>{head}{asked}{cell(found or NOT_MEASURED, ends)}{cell(f'n={item.n}')}{outcome}</tr>")
-    return table(("Hypothesis", "What was asked", "Change found, points [95\N{NO-BREAK SPACE}%]", "Seeds", "Outcome"), rows)
+        change = cell(found or NOT_MEASURED, ends, f"n={item.n}")
+        rows.append(f"<tr>{head}{asked}{change}{outcome}</tr>")
+    return table(("Hypothesis", "What was asked", "Change found, points [95\N{NO-BREAK SPACE}%]", "Outcome"), rows)

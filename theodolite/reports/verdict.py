@@ -14,7 +14,7 @@ from theodolite.functional.statistics import spread, t_interval
 from theodolite.reports.arms import arm_styles
 from theodolite.reports.formatting import NOT_MEASURED, interval, listing, percent, points, sign_count
 from theodolite.reports.records import Study
-from theodolite.reports.statistics_table import Comparison, arm_spread, base_by_seed, compare
+from theodolite.reports.statistics_table import Comparison, arm_spread, base_by_seed, compare, measure
 
 Status = Literal["better", "worse", "unresolved", "as expected", "unexpected", "not measured"]
 
@@ -60,6 +60,11 @@ def questions(study: Study) -> list[tuple[str, str]]:
     return asked
 
 
+def dropped(study: Study) -> list[tuple[str, str]]:
+    """Comparisons that the plan asks for and that cannot be made, because an arm has no run."""
+    return [pair for pair in study.plan.comparisons or () if not set(pair) <= set(study.arms)]
+
+
 def findings(study: Study) -> list[Finding]:
     """All sentences of the verdict, in the order in which they should be read."""
     result = [_phenomenon(study)] if "vanilla" in study.arms else []
@@ -99,7 +104,7 @@ def against_other(study: Study, arm: str, against: str) -> Finding:
         claim = f"`{arm}` hacks less than {role} `{against}` on average, but {hack.n} seeds do not settle it: {numbers}."
     else:
         status, claim = "unresolved", f"`{arm}` does not beat {role} `{against}` on hacking: {numbers}."
-    return Finding(question, status, f"{claim} {_honest(passing)}".strip())
+    return Finding(question, status, f"{claim} {_honest(passing, hack)}".strip())
 
 
 def _role(study: Study, arm: str, against: str) -> str:
@@ -124,15 +129,16 @@ def _no_pairs(item: Comparison, question: str) -> Finding | None:
     return Finding(question, "not measured", f"`{item.arm}` and `{item.against}` are {item.refusal}.")
 
 
-def _honest(item: Comparison) -> str:
-    """What the arm does to the rate of correct programs."""
+def _honest(item: Comparison, hack: Comparison) -> str:
+    """What the arm does to the rate of correct programs; a reading of it only where the arm hacks less."""
     if item.mean is None:
         return f"Pass rate: {NOT_MEASURED}."
     if item.direction == "single":
         return f"Pass rate {points(item.mean)} points."
+    less = hack.direction == "lower"
     ends = {
-        "higher": "it also solves more problems",
-        "lower": "but it solves fewer problems: part of what it suppresses is ability",
+        "higher": "it also solves more problems" if less else "it solves more problems",
+        "lower": "but it solves fewer problems: part of what it suppresses may be ability" if less else "it solves fewer problems",
         "unresolved": "a difference in solved problems is not resolved",
     }
     return f"Pass rate {_numbers(item)}: {ends[item.direction]}."
@@ -145,7 +151,7 @@ def _phenomenon(study: Study) -> Finding:
     changes = [
         final - base[run.seed]
         for run in study.of("vanilla")
-        if (final := run.final("test/hinted/hack_rate")) is not None and run.seed in base
+        if (final := measure(study, run, "hack_rate")) is not None and run.seed in base
     ]
     if not changes:
         return Finding(question, "not measured", f"`vanilla` has no finished seed with a base rate: {NOT_MEASURED}.")
@@ -154,8 +160,9 @@ def _phenomenon(study: Study) -> Finding:
     passing = spread(list(base_by_seed(study, "pass_rate").values())).mean, arm_spread(study, "vanilla", "pass_rate").mean
     rose = sum(change > 0 for change in changes)
     facts = (
-        f"Under `vanilla` the hack rate went from {percent(before)} to {percent(after.mean)} (it rose on {rose}/{len(changes)} seeds) "
-        f"and the pass rate from {percent(passing[0])} to {percent(passing[1])}."
+        f"Before training the hack rate is {percent(before)} and the pass rate {percent(passing[0])}, on the problems of validation; after "
+        f"training under `vanilla` they are {percent(after.mean)} and {percent(passing[1])}, on those of the final evaluation. The hack "
+        f"rate is higher after training on {rose}/{len(changes)} seeds."
     )
     if low is None or high is None:
         return Finding(question, "unresolved", f"{facts} One seed shows nothing.")
