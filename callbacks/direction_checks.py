@@ -134,7 +134,16 @@ def steering_rates(
 
 @contextmanager
 def added_to_layers(module: nn.Module, vectors: dict[int, Tensor], alpha: float) -> Iterator[None]:
-    """``alpha * vector`` added to the output of decoder layers, which are counted from 1."""
+    """``alpha * vector`` added to the output of decoder layers, which are counted from 1.
+
+    Raises:
+        ValueError: The module samples with another engine than its own layers, which would go unsteered.
+    """
+    if getattr(getattr(module, "engine", None), "own_numerics", False):
+        raise ValueError(
+            "Steering adds vectors inside the model's own layers, and the sampler that model.rollout names does not run those; set "
+            "checks.steering_alphas to [], or model.rollout to null."
+        )
     layers = layer_modules(module)
 
     def hook_of(vector: Tensor) -> Callable[..., Any]:

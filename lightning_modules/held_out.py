@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from theodolite.distributed import gather_objects
 from theodolite.protocols import TokenSequence
@@ -95,15 +97,24 @@ class HeldOutEvaluation:
             found = completion_row(row.id, slot, i % n, prompt, text, sample.finish, len(sample.ids), grade)
             self._rows.setdefault(loader, []).append(found)
 
+    @torch.no_grad()
     def _drift(self, prompts: Sequence[tuple[int, ...]], samples: Sequence[Sample], temperature: float) -> Sums:
+        module = self.module
         sequences = [TokenSequence(prompt, sample.ids) for prompt, sample in zip(prompts, samples, strict=True)]
+        reference = self._scored(sequences, lambda part: module.base_log_probs(part, temperature))
+        own: Sequence[Sequence[float]] = [sample.log_probs for sample in samples]
+        if module.engine.own_numerics:  # its numbers are of other kernels, and under top_p or top_k those of the kept tokens alone
+            own = self._scored(sequences, lambda part: module._log_probs(module.causal_lm, part, temperature)[0])
+        return drift_sums(own, reference)
+
+    def _scored(self, sequences: Sequence[TokenSequence], score: Callable[[Sequence[TokenSequence]], Tensor]) -> list[list[float]]:
         size = self.module.micro_batch_size or max(1, len(sequences))
-        reference: list[list[float]] = []
+        found: list[list[float]] = []
         for start in range(0, len(sequences), size):
             part = sequences[start : start + size]
-            scored = self.module.base_log_probs(part, temperature).double().cpu().tolist()
-            reference += [row[: len(sequence.completion_ids)] for row, sequence in zip(scored, part, strict=True)]
-        return drift_sums([sample.log_probs for sample in samples], reference)
+            rows = score(part).double().cpu().tolist()
+            found += [row[: len(sequence.completion_ids)] for row, sequence in zip(rows, part, strict=True)]
+        return found
 
     def report(self, stage: str, names: Sequence[str] | None) -> None:
         """Log rates over all ranks and write the completions; all ranks call it.

@@ -31,6 +31,22 @@ def check_policy_folder(policy: str, key: str = "model.policy") -> None:
         raise ValueError(f"{key} is the folder {policy!r}, which holds no config.json: export a model there, or give a hub id.")
 
 
+def check_precision(precision: str) -> None:
+    """Refuse to train in a precision that converts every parameter to half: steps of Adam are lost where weights have 8 bits.
+
+    Args:
+        precision: Of the trainer.
+
+    Raises:
+        ValueError: It is ``bf16-true`` or ``16-true``.
+    """
+    if precision in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"trainer.precision={precision} would round the trained weights and Adam's moments to half precision, adapters included; use "
+            "32-true: model.dtype says what the base is held in."
+        )
+
+
 def load_policy(
     policy: str | dict[str, Any], revision: str | None, dtype: str, seed: int, vocab_size: int | None = None, end_id: int | None = None
 ) -> nn.Module:

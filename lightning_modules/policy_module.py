@@ -25,7 +25,7 @@ from .adapter_checkpoints import AdapterCheckpoints
 from .decoding import Sampling
 from .held_out import HeldOutEvaluation, final_protocol
 from .manual import SCHEDULES, ManualModule
-from .policy import add_lora, check_policy_folder, freeze_all_but, load_policy, load_tokenizer
+from .policy import add_lora, check_policy_folder, check_precision, freeze_all_but, load_policy, load_tokenizer
 from .rollout_choice import build_engine
 from .rollouts import RolloutEngine, Sample
 from .scoring import completion_log_probs, completion_states, pad_sequences, shared_prefix_log_probs, supports_shared_prefix
@@ -153,7 +153,9 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
         self.seconds: dict[str, float] = {}
 
     def setup(self, stage: str) -> None:
-        """Let no precision plugin walk into the rows of a batch: they hold no tensors, and frozen ones make it fail."""
+        """Refuse a precision that cannot train; let no precision plugin walk into a batch: rows hold no tensors, and frozen ones fail."""
+        if stage == "fit":
+            check_precision(str(self.trainer.precision))
         cast(Any, self.trainer).precision_plugin.convert_input = _as_is
 
     def configure_model(self) -> None:
@@ -277,10 +279,16 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
         return prompts, on_every_rank(lambda: self.engine.generate(prompts, sampling, seeds))
 
     def complete(self, prompts: Sequence[str | Chat], n: int, seed: int, greedy: bool = False) -> list[list[str]]:
-        """``n`` completions of every prompt, drawn as in evaluation, or greedily; a function of prompt, seed and weights."""
+        """``n`` completions of every prompt, drawn as in evaluation, or greedily; a function of prompt, seed and weights.
+
+        The sampler is given the weights as they are now, so all ranks must call it.
+        """
         sampling = replace(self.eval_sampling, top_k=1) if greedy else self.eval_sampling
         seeds = [[derive_seed(seed, "completion", p, i) for i in range(n)] for p in range(len(prompts))]
+        self.engine.onload()
+        self.engine.sync(self.trainer.global_step)
         groups = self.engine.generate([self.encode_prompt(prompt) for prompt in prompts], sampling, seeds)
+        self.engine.offload()
         return [[self.decode(sample.ids) for sample in group] for group in groups]
 
     def decode(self, ids: Sequence[int]) -> str:

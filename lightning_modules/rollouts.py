@@ -25,7 +25,8 @@ class Sample:
 
     Attributes:
         ids: Token ids, the end token included when one was sampled.
-        log_probs: Log-probability of each under the temperature-scaled, untruncated distribution.
+        log_probs: Log-probability of each under the temperature-scaled distribution: the untruncated one, or with an engine of
+            ``own_numerics`` that over the tokens which top_p and top_k keep.
         finish: ``stop`` or ``length``.
         weight_version: As given to the last ``sync``.
     """

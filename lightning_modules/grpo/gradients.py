@@ -126,6 +126,11 @@ class PolicyGradientModule(PolicyModule):
         return max(1, (self.token_budget or len(set(prompts)) * max(map(len, prompts))) >> self._halvings)
 
     @property
+    def old_is_the_samplers(self) -> bool:
+        """Whether ratios are taken against what the sampler reported; with one update per window they are taken against nothing."""
+        return self.reuse_sampler_log_probs and self.updates_per_window > 1
+
+    @property
     def beta_in_loss(self) -> float:
         """Coefficient of the KL term of the loss; 0 where the penalty is part of the reward."""
         return 0.0 if self.kl_estimator == "k1_reward" else self.beta
@@ -142,8 +147,9 @@ class PolicyGradientModule(PolicyModule):
                 anchors.old |= _rows(indices, sequences, self.completion_log_probs(sequences)[0])
             if self.beta_in_loss > 0:
                 anchors.reference |= _rows(indices, sequences, self.reference_log_probs(sequences))
-        if self.updates_per_window > 1 and self.reuse_sampler_log_probs:
-            anchors.old = {i: torch.tensor(window.rollouts[i].sampler_log_probs, device=self.device) for m in microbatches for i in m}
+        if self.old_is_the_samplers:
+            as_sampled = {"dtype": torch.float32, "device": self.device}  # a precision plugin may make a coarser dtype the default
+            anchors.old = {i: torch.tensor(window.rollouts[i].sampler_log_probs, **as_sampled) for m in microbatches for i in m}
         return anchors
 
     @torch.no_grad()
@@ -320,7 +326,15 @@ class PolicyGradientModule(PolicyModule):
         tokens = float(weights.sum())
         sums: Sums = {name: (float((value * weights).sum()), tokens) for name, value in statistics.items()}
         sampled = torch.tensor([[float(not foreign(rollout))] for rollout in rollouts], device=mask.device)
-        return loss, sums | mismatch_statistics(gap, mask, weights * sampled) | {"loss": (float(loss.detach()), 0.0)}
+        return loss, sums | self._sampler_sums(window, batch, gap, weights * sampled) | {"loss": (float(loss.detach()), 0.0)}
+
+    def _sampler_sums(self, window: Window, batch: TokenBatch, gap: Tensor, weights: Tensor) -> Sums:
+        """How far sampler and trainer are apart, under the weights that sampled."""
+        if self.old_is_the_samplers:  # then that gap is 0 whatever the sampler did; only the first update still has those weights
+            if self.trainer.global_step != window.step:
+                return {}
+            gap = mismatch_log_ratio(batch.log_probs, batch.sampler_log_probs, batch.mask)
+        return mismatch_statistics(gap, batch.mask, weights)
 
     def _token_batch(self, window: Window, indices: Sequence[int], log_probs: Tensor, mask: Tensor, old: Tensor | None) -> TokenBatch:
         rollouts = [window.rollouts[i] for i in indices]

@@ -22,7 +22,8 @@ def settled_mismatch(module: Any, given: dict[str, Any] | Literal["auto"] | None
         given: As the config gives it.
 
     Raises:
-        ValueError: ``given`` is another word, or the log-probabilities of a truncating sampler of its own would enter the objective.
+        ValueError: ``given`` is another word, would correct what is 1 by construction, or the log-probabilities of a truncating sampler
+            of its own would enter the objective.
     """
     if isinstance(given, str) and given != "auto":
         raise ValueError(f"model.mismatch is {given!r}; give auto, null, or mode, high and perhaps low.")
@@ -32,6 +33,13 @@ def settled_mismatch(module: Any, given: dict[str, Any] | Literal["auto"] | None
             "model.rollout reports log-probabilities of the truncated distribution under top_p or top_k, and reuse_sampler_log_probs and "
             "kl_estimator=k1_reward would take them for those of the policy; set top_p to 1 and top_k to 0, or choose otherwise."
         )
+    if module.old_is_the_samplers:  # ratios already are those of the policy and the sampler
+        if given not in ("auto", None):
+            raise ValueError(
+                "model.mismatch weighs the trainer's old probabilities against the sampler's, and reuse_sampler_log_probs takes the "
+                "sampler's for both, so every weight would be 1; set one of them to null or false."
+            )
+        return None
     if given != "auto":
         return given
     if not foreign:

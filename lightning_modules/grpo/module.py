@@ -72,6 +72,7 @@ class GRPOModule(CollectionModule):
         mismatch: ``mode`` (token_tis, token_mis, sequence_tis, sequence_mis, geometric_mis), ``low`` and ``high``: correct for a sampler
             whose probabilities are not the trainer's; ``auto`` = with another ``rollout`` than the trainer's own model, ``geometric_mis``
             in [0.9, 1.1] for completions of more than 512 tokens and ``token_tis`` up to 2 for shorter ones; null = only measure.
+            With ``reuse_sampler_log_probs`` there is nothing left to correct, and ``auto`` is null.
         truncated_sampling: What to do where ``top_p`` or ``top_k`` cut what is sampled: ``refuse``, or take ratios and gradients of the
             ``untruncated`` distribution nevertheless, as most published setups do; it is another than the one that was sampled from.
         reuse_sampler_log_probs: With several updates per window, take ratios against the sampler's log-probabilities: one pass less.

@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from theodolite.vllm_server import allowed_rank
 from ..decoding import Sampling
 from .agreement import Drawn
 from .engine import Push, VLLMEngine
-from .weights import base_model, full_weights, write_weights
+from .weights import base_model, full_weights, has_adapter, write_weights
 
 
 class VLLMRollout(VLLMEngine):
@@ -66,6 +66,7 @@ class VLLMRollout(VLLMEngine):
         self._asleep = False
         self._request: Any = None
         self._own_group = False
+        self._source: tuple[str, str | None] = ("", None)
         self._path: Path | None = None
 
     def setup(self, model: nn.Module, end_ids: Sequence[int], pad_id: int, folder: Path | None = None) -> None:
@@ -83,6 +84,8 @@ class VLLMRollout(VLLMEngine):
         return self.max_model_len
 
     def _send(self, version: int, prompt: Sequence[int], bind: bool) -> None:
+        if self._llm is None:  # a rank that fails here would leave the others in the collectives of starting engines
+            on_every_rank(self._prepare)
         on_every_rank(lambda: self._send_and_check(version, prompt, bind))
 
     def _put(self, name: str) -> None:
@@ -129,13 +132,21 @@ class VLLMRollout(VLLMEngine):
             self._llm.wake_up()
             self._asleep = False
 
-    def _build(self) -> Any:
+    def _prepare(self) -> None:
+        """What may fail on one rank alone before its engine starts: the device, vLLM's import, the base model's files."""
+        parameter, config = next(self.model.parameters()), base_model(self.model).config
+        check_device(parameter.device, local_rank() if world_size() > 1 else 0)
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: it shares the device, and starts in seconds
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        config, parameter = base_model(self.model).config, next(self.model.parameters())
-        source, revision = config.name_or_path, getattr(config, "_commit_hash", None)
-        if not source:  # a random initialisation exists nowhere else
-            source, revision = str(write_weights(self.model, self.folder.resolve() / "base")), None
+        with _leaving_no_trace():
+            _vllm("")
+        self._source = config.name_or_path, getattr(config, "_commit_hash", None)
+        if not config.name_or_path:  # a random initialisation exists nowhere else
+            with self.model.disable_adapter() if has_adapter(self.model) else nullcontext():
+                self._source = str(write_weights(self.model, self.folder.resolve() / "base")), None
+
+    def _build(self) -> Any:
+        parameter, (source, revision) = next(self.model.parameters()), self._source
         settings: dict[str, Any] = {
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "max_model_len": self.max_model_len,
@@ -151,8 +162,8 @@ class VLLMRollout(VLLMEngine):
             settings |= {"enable_lora": True, "max_lora_rank": allowed_rank(self._rank), "max_loras": 1, "max_cpu_loras": 2}
         if world_size() > 1:  # every rank is an engine of its own in the trainer's process group
             settings["distributed_executor_backend"] = "external_launcher"
-            os.environ.setdefault("RANK", str(this_rank()))
-            os.environ.setdefault("WORLD_SIZE", str(world_size()))
+            for name, number in (("RANK", this_rank()), ("WORLD_SIZE", world_size()), ("LOCAL_RANK", local_rank())):
+                os.environ.setdefault(name, str(number))  # which SLURM does not set
         self._own_group = not torch.distributed.is_initialized()
         with _leaving_no_trace():
             return _vllm("").LLM(source, **(settings | self.engine_args))
@@ -183,6 +194,28 @@ class VLLMRollout(VLLMEngine):
                 groups.destroy_distributed_environment()
         if path is not None:
             shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def local_rank() -> int:
+    """This process's number on its machine, as its launcher says."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+
+
+def check_device(device: torch.device, number: int) -> None:
+    """Refuse a policy on another GPU than the one vLLM will take.
+
+    Args:
+        device: The policy's.
+        number: Of vLLM's GPU: the process's on its machine.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if device.type == "cuda" and device.index not in (None, number):
+        raise ValueError(
+            f"The policy is on {device}, and vLLM takes cuda:{number} in this process; choose GPUs with CUDA_VISIBLE_DEVICES, and let "
+            "trainer.devices be how many they are."
+        )
 
 
 def _vllm(module: str) -> Any:

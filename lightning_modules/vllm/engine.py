@@ -14,12 +14,17 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from theodolite.distributed import gather_objects
+
 from ..decoding import Sampling
 from ..rollouts import Sample
 from .agreement import Agreement, Drawn, check_binding, compare, probe_prompt, probe_sampling
-from .weights import adapter_rank, base_model, fingerprint, has_adapter, write_adapter
+from .weights import adapter_rank, base_model, check_product, fingerprint, has_adapter, write_adapter
 
 Push = Literal["auto", "adapter", "full"]
+
+LOWEST_TEMPERATURE = 0.01
+"""vLLM raises whatever is below, with no more than a warning."""
 
 
 class VLLMEngine(ABC):
@@ -57,12 +62,13 @@ class VLLMEngine(ABC):
         """Bind to the policy and refuse what vLLM could not do with it; no engine is built and no weight sent yet.
 
         Raises:
-            ValueError: An adapter that vLLM cannot apply.
+            ValueError: An adapter that vLLM cannot apply, or that could not be merged for it.
         """
         self._model, self._end_ids = model, tuple(end_ids)
         if self.push == "adapter" and not has_adapter(model):
             raise ValueError("rollout.push is adapter, but the policy has none; set model.lora, or push: full.")
         self._by_adapter = self.push != "full" and has_adapter(model)
+        check_product(model)
         self._rank = adapter_rank(model) if self._by_adapter else None
         self.folder = Path(self._given_folder) if self._given_folder else folder / "sampler" if folder else self._temporary_folder()
 
@@ -85,7 +91,7 @@ class VLLMEngine(ABC):
             VLLMServerError: The server is away, or refuses them.
         """
         state = fingerprint(self.model)
-        if version == self._version and state == self._state:
+        if not any(gather_objects(version != self._version or state != self._state)):  # one rank alone must not wait for the others
             return
         prompt = probe_prompt(base_model(self.model).config.get_text_config().vocab_size, self._longest())
         self._send(version, prompt, bind=self._by_adapter and not self._pushes)
@@ -139,12 +145,19 @@ class VLLMEngine(ABC):
         """See :class:`~..rollouts.RolloutEngine`. Log-probabilities of truncated sampling (top_p, top_k) are over the kept set.
 
         Raises:
-            RuntimeError: Before ``setup`` or ``sync``, or for an answer that is not one.
-            ValueError: A prompt that leaves no room for ``max_new_tokens``, or as many seed lists as there are prompts were not given.
+            RuntimeError: Before ``setup`` or ``sync``, with weights that changed since, or for an answer that is not one.
+            ValueError: A prompt that leaves no room for ``max_new_tokens``, a temperature that vLLM would change, or as many seed lists as
+                there are prompts were not given.
         """
         _ = self.model
         if self._version < 0:
             raise RuntimeError("The rollout engine was asked to generate before it was given weights; call sync first.")
+        if fingerprint(self.model) != self._state:
+            raise RuntimeError("The policy changed after the sampler was given its weights; call sync between that and generate.")
+        if sampling.temperature < LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"vLLM samples at temperature {LOWEST_TEMPERATURE} at least, not at {sampling.temperature}; greedy decoding is top_k=1."
+            )
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts came with {len(seeds)} lists of seeds; each prompt needs one.")
         room = self._longest() - sampling.max_new_tokens

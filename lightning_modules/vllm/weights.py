@@ -35,14 +35,31 @@ def adapter_rank(model: nn.Module) -> int:
     for parent, name, layer in adapted_layers(model):
         if not isinstance(layer.get_base_layer(), nn.Linear):
             raise ValueError(f"vLLM applies LoRA to linear layers, and {name} of {type(parent).__name__} is none; leave it out of lora.")
-        if any(layer.use_dora.get(adapter, False) for adapter in layer.active_adapters):
-            raise ValueError("vLLM does not apply DoRA; set lora.use_dora to false, or push merged weights (push: full).")
         ranks.append(sum(layer.r[adapter] for adapter in layer.active_adapters if adapter in layer.lora_A))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad and ".lora_" not in name]
     if trained:
         raise ValueError(f"{trained[0]} is trained beside the adapter, and an adapter would not carry it to vLLM; use push: full.")
     allowed_rank(max(ranks))
     return max(ranks)
+
+
+def check_product(model: nn.Module) -> None:
+    """Refuse an adapter that is more than a product of two matrices added to each weight: neither its file nor a merge holds the rest.
+
+    Raises:
+        ValueError: It is DoRA, has a bias of its own, or keeps second copies of whole modules.
+    """
+    for _, _, layer in adapted_layers(model):
+        if any(layer.use_dora.get(adapter, False) for adapter in layer.active_adapters):
+            raise ValueError("vLLM does not apply DoRA; set lora.use_dora to false.")
+        if any(layer.lora_bias.get(adapter, False) for adapter in layer.active_adapters):
+            raise ValueError("vLLM does not apply an adapter's own bias; set lora.lora_bias to false.")
+    copies = [name for name, _ in model.named_parameters() if ".modules_to_save." in name]
+    if copies:
+        raise ValueError(
+            f"{copies[0]} is trained beside the adapter as a second copy, and vLLM has one place for both; leave it out of "
+            "lora.modules_to_save."
+        )
 
 
 def stacked_adapter(model: nn.Module) -> dict[str, Tensor]:
