@@ -108,7 +108,7 @@ class PromptDataModule(PromptLoaders):
         """Training and held-out rows, read when they are first needed.
 
         Raises:
-            ValueError: A row lacks its prompt, an id repeats, a column cannot be handed to reward functions, or one side is empty.
+            ValueError: A row lacks its prompt, an id repeats, columns differ or cannot be handed to reward functions, or one side is empty.
         """
         if self._rows is None:
             rows = [
@@ -171,7 +171,9 @@ class PromptDataModule(PromptLoaders):
         return self.environment
 
     def _file(self) -> Iterator[Mapping[str, Any]]:
-        for number, line in enumerate(Path(self.prompts).read_text(encoding="utf-8").splitlines(), start=1):
+        first: tuple[int, set[str]] | None = None
+        # not splitlines: JSON texts may hold other line separators, such as U+2028, as they are
+        for number, line in enumerate(Path(self.prompts).read_text(encoding="utf-8").split("\n"), start=1):
             if not line.strip():
                 continue
             try:
@@ -180,6 +182,8 @@ class PromptDataModule(PromptLoaders):
                 raise ValueError(f"{self.prompts}, line {number} is no JSON: {error}.") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{self.prompts}, line {number} is a {type(row).__name__}; give one object per line.")
+            first = first or (number, set(row))
+            _check_columns(f"{self.prompts}, line {number}", set(row), *first)
             yield row
 
     def _hub(self) -> Any:
@@ -215,6 +219,15 @@ class PromptDataModule(PromptLoaders):
             return value
         messages = [{"role": "user", "content": value}] if isinstance(value, str) else [dict(message) for message in value]
         return [*([{"role": "system", "content": self.system}] if self.system is not None else []), *messages]
+
+
+def _check_columns(where: str, columns: set[str], line: int, expected: set[str]) -> None:
+    differing = sorted(columns ^ expected)
+    if differing:
+        raise ValueError(
+            f"{where} {'has' if differing[0] in columns else 'lacks'} the column {differing[0]!r}, other than line {line}; reward "
+            "functions get one value per row, so give every line the same columns, with null where there is no value."
+        )
 
 
 class _Rows:

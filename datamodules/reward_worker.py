@@ -7,6 +7,7 @@ What the functions print goes to standard error. An exception becomes an answer;
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -40,12 +41,18 @@ def load(path: str) -> Callable[..., Any]:
 
 
 def _file(path: str) -> ModuleType:
-    """The module of a file, run under a name of its own."""
-    spec = importlib.util.spec_from_file_location(f"rewards_of_{Path(path).stem}", path)
+    """The module of a file, run under a name of its own that others find it by: dataclasses and pickles look their module up."""
+    digest = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:12]
+    spec = importlib.util.spec_from_file_location(f"rewards_of_{Path(path).stem}_{digest}", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[module.__name__] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(module.__name__, None)
+        raise
     return module
 
 

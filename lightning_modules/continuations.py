@@ -60,8 +60,8 @@ def select_rows(cache: DynamicCache, rows: Tensor) -> None:
 class Continuation(Protocol):
     """Rows that go on, one token at a time."""
 
-    def advance(self, tokens: Tensor) -> Tensor:
-        """Take (B,) tokens, return the (B, V) logits that follow."""
+    def advance(self, tokens: Tensor, going: Tensor) -> Tensor:
+        """Take (B,) tokens, return the (B, V) logits that follow; what follows in rows that are not ``going`` (B,) means nothing."""
         ...
 
     def keep(self, rows: Tensor) -> None:
@@ -73,11 +73,13 @@ class OwnCaches:
     """A cache per row: any architecture."""
 
     def __init__(self, model: nn.Module, prefix: Prefix) -> None:
-        self._model, self._cache, self._attention, self._positions = model, prefix.cache, prefix.attention, prefix.positions
+        self._model, self._cache, self._attention = model, prefix.cache, prefix.attention
+        self._positions = prefix.positions - 1  # of the last token; ended rows stay there: a learned position table may not reach further
 
-    def advance(self, tokens: Tensor) -> Tensor:
+    def advance(self, tokens: Tensor, going: Tensor) -> Tensor:
         """See :class:`Continuation`."""
         self._attention = torch.cat([self._attention, self._attention.new_ones(len(self._attention), 1)], dim=1)
+        self._positions = self._positions + going
         outputs: Any = self._model(
             input_ids=tokens[:, None],
             attention_mask=self._attention,
@@ -85,7 +87,7 @@ class OwnCaches:
             past_key_values=self._cache,
             use_cache=True,
         )
-        self._cache, self._positions = outputs.past_key_values, self._positions + 1
+        self._cache = outputs.past_key_values
         return outputs.logits[:, -1]
 
     def keep(self, rows: Tensor) -> None:
@@ -98,14 +100,14 @@ class SharedPrompts:
     """A cache per prompt, and each row's own tokens."""
 
     def __init__(self, model: nn.Module, prefix: Prefix, attention: PromptAttention) -> None:
-        self._model, self._attention, self._positions = model, attention, prefix.positions
+        self._model, self._attention, self._positions = model, attention, prefix.positions - 1  # as in OwnCaches
 
-    def advance(self, tokens: Tensor) -> Tensor:
+    def advance(self, tokens: Tensor, going: Tensor) -> Tensor:
         """See :class:`Continuation`."""
+        self._positions = self._positions + going
         outputs: Any = self._model(
             input_ids=tokens[:, None], position_ids=self._positions[:, None], past_key_values=self._attention.cache, use_cache=True
         )
-        self._positions = self._positions + 1
         return outputs.logits[:, -1]
 
     def keep(self, rows: Tensor) -> None:

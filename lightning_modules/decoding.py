@@ -104,7 +104,7 @@ def decode(
                 batch, going, on_device = batch[kept], going[kept], kept.to(logits.device)
                 tokens = tokens[on_device]
                 rest.keep(on_device)
-            logits = rest.advance(tokens)
+            logits = rest.advance(tokens, going.to(logits.device))
     return Decoded(ids, log_probs, lengths, stopped)
 
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from theodolite.distributed import gather_objects
+from theodolite.distributed import gather_objects, on_every_rank
 from theodolite.protocols import TokenSequence
 
 from .decoding import Sampling
@@ -84,7 +84,7 @@ class HeldOutEvaluation:
         problems = [row for row in batch for _ in range(n)]
         samples = [sample for group in groups for sample in group]
         texts = [module.decode(sample.ids) for sample in samples]
-        grades = module.environment.grade(problems, texts)
+        grades = on_every_rank(lambda: module.environment.grade(problems, texts))
         sums = outcome_sums(grades, [sample.finish for sample in samples])
         if drift:
             sums = sums | self._drift([prompts[i // n] for i in range(len(samples))], samples, sampling.temperature)

@@ -44,7 +44,9 @@ class ManualModule(L.LightningModule):
         if self.trainer.max_steps < 1:
             raise ValueError(f"model.schedule={self.schedule} needs trainer.max_steps; set it, or choose constant.")
         progress = min(1.0, max(0, step - self.warmup_steps) / max(1, self.trainer.max_steps - self.warmup_steps))
-        decay = 1 - progress if self.schedule == "linear" else (1 + torch.cos(torch.tensor(torch.pi * progress)).item()) / 2
+        # float32 whatever dtype a precision plugin makes the default: in half precision the rate would move in steps
+        angle = torch.tensor(torch.pi * progress, dtype=torch.float32)
+        decay = 1 - progress if self.schedule == "linear" else (1 + torch.cos(angle).item()) / 2
         return warmup * (self.min_lr_fraction + (1 - self.min_lr_fraction) * decay)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:

@@ -42,6 +42,23 @@ def merged_adapter(model: nn.Module) -> Iterator[None]:
             setattr(parent, name, layer)
 
 
+def check_merging(engine: object, precision: str) -> None:
+    """Refuse to fold adapters in where the trainer computes in less than float32: the sampler would be another policy than is trained.
+
+    Args:
+        engine: A sampler, with ``merge_adapter`` where it can fold.
+        precision: Of the trainer.
+
+    Raises:
+        ValueError: It folds, and the precision is neither ``32-true`` nor ``64-true``.
+    """
+    if getattr(engine, "merge_adapter", False) and precision not in ("32-true", "64-true"):
+        raise ValueError(
+            f"model.merge_adapter rounds the merged weights under trainer.precision={precision}; use 32-true, or set "
+            "merge_adapter to false."
+        )
+
+
 def adapted_layers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """Every layer that carries a LoRA adapter: its parent, its name there, and itself."""
     return [(parent, name, layer) for parent in model.modules() for name, layer in parent.named_children() if _is_adapted(layer)]

@@ -136,8 +136,6 @@ class HFRollout:
         assert self._model is not None
         device = next(self._model.parameters()).device
         with evaluation_mode(self._model):
-            if self._shares_prompts is None:
-                self._shares_prompts = supports_prompt_attention(self._model)
             uniforms = uniform_streams([seed for group in seeds for seed in group], sampling.max_new_tokens)
             prefix = self._prefill(prompts, torch.tensor(counts), device)
             done = decode(self._model, prefix, uniforms, sampling, sorted(self._end_ids), self._pad_id)
@@ -170,7 +168,16 @@ class HFRollout:
             logits_to_keep=1,
         )
         index = torch.repeat_interleave(torch.arange(len(prompts)), repeats).to(device)
-        return Prefix.repeated(outputs.past_key_values, outputs.logits[:, -1], attention, index, bool(self._shares_prompts))
+        return Prefix.repeated(outputs.past_key_values, outputs.logits[:, -1], attention, index, self._sharing())
+
+    def _sharing(self) -> bool:
+        """Whether this call reads each prompt's cache once: tried out once per model, never under autocast, which comes and goes."""
+        assert self._model is not None
+        if torch.is_autocast_enabled(next(self._model.parameters()).device.type):
+            return False  # it would round scores that the model's own kernels accumulate in float32
+        if self._shares_prompts is None:
+            self._shares_prompts = supports_prompt_attention(self._model)
+        return self._shares_prompts
 
 
 def _turns(counts: Sequence[int], most: int) -> list[tuple[int, int]]:

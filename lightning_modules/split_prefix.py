@@ -112,7 +112,7 @@ class SplitPrefix:
         index = torch.tensor([self.rows[sequence.prompt_ids] for sequence in sequences], device=self.device)
         length = max(1, *(len(s.completion_ids) for s in sequences))
         ids = torch.full((len(sequences), length), self.pad_id)
-        mask = torch.zeros(len(sequences), length)
+        mask = torch.zeros(len(sequences), length, dtype=torch.float32)  # whatever dtype a precision plugin makes the default
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence.completion_ids)] = torch.tensor(sequence.completion_ids, dtype=torch.long)
             mask[row, : len(sequence.completion_ids)] = 1

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tiny_policies import ragged, tiny_model, tokenizer
 
+from theodolite.lightning_modules import decoding
 from theodolite.lightning_modules.decoding import Sampling, draw, truncate
 from theodolite.lightning_modules.policy import add_lora
 from theodolite.lightning_modules.prompt_attention import supports_prompt_attention
@@ -104,6 +105,35 @@ def test_only_plain_attention_over_all_tokens_in_full_precision_shares_prompts()
     assert not supports_prompt_attention(tiny_model("qwen3", dtype="bfloat16"))
     assert not supports_prompt_attention(tiny_model("qwen3", attn_implementation="eager"))
     assert not supports_prompt_attention(nn.Linear(2, 2))
+
+
+def test_autocast_is_asked_for_at_every_call_and_samples_from_caches_of_each_row() -> None:
+    model = tiny_model("qwen3")
+    made, own = engine(model), engine(model)
+    own._shares_prompts = False
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (one.generate(PROMPTS, Sampling(6), seeds(8, 3)) for one in (made, own))
+        assert found == expected
+        assert made._shares_prompts is None, "what holds under autocast says nothing of other calls"
+    made.generate(PROMPTS, Sampling(2), seeds(8, 1))
+    assert made._shares_prompts
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_rows_that_have_ended_wait_at_their_last_position_while_others_go_on(shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sampling = tiny_model("gpt2"), Sampling(30)  # a table of 40 positions
+    long, short = ragged([(38, 1), (2, 1)])
+    prompts, streams = [long.prompt_ids, short.prompt_ids], [[5], [7]]
+    (first,) = engine(model, ()).generate(prompts[:1], Sampling(1), streams[:1])[0]
+    monkeypatch.setattr(decoding, "CLEAR_OUT", 0.0)  # no row leaves before all have ended
+    made = engine(model, first.ids)
+    made._shares_prompts = shares
+    together = made.generate(prompts, sampling, streams)
+    assert together[0][0].ids == first.ids
+    assert len(together[1][0].ids) > 4, "the short prompt must go on past the table's end for the long one"
+    (alone,) = engine(model, first.ids).generate(prompts[1:], sampling, streams[1:])[0]
+    assert together[1][0].ids == alone.ids
+    assert together[1][0].log_probs == pytest.approx(alone.log_probs, abs=1e-5)
 
 
 def test_completion_stops_at_its_first_end_token_or_at_the_limit() -> None:

@@ -19,6 +19,7 @@ from theodolite.distributed import gather_objects, world_size
 from theodolite.protocols import Reward, Rollout, Verdict, Window
 
 from .gradients import Anchors
+from .window import part_of
 
 
 @dataclass(slots=True)
@@ -120,8 +121,10 @@ def _imbalance(work: Sequence[int], owners: Sequence[int]) -> float:
 
 
 def _take(share: Share, g: int, slot: int) -> _Group:
+    """One group with every column filled: another rank's callbacks may have set one that this rank's left empty."""
     window, part = share.window, slice(g * share.window.group_size, (g + 1) * share.window.group_size)
-    columns = {"values": window.values, "advantages": window.advantages, "weights": window.weights, "repeats": share.repeats}
+    weights = window.weights if window.weights.numel() else torch.ones(len(window.rollouts), dtype=torch.float64)
+    columns = {"values": window.values, "advantages": window.advantages, "weights": weights, "repeats": share.repeats}
     indices = range(part.start, part.stop)
     anchors = share.anchors
     return _Group(
@@ -130,9 +133,9 @@ def _take(share: Share, g: int, slot: int) -> _Group:
         window.rollouts[part],
         window.rewards[part],
         share.verdicts[part],
-        {name: values[part].cpu() if values.numel() else values for name, values in columns.items()},
+        {name: values[part].cpu() for name, values in columns.items()},
         {name: values[part].cpu() for name, values in window.features.items()},
-        window.parts[part],
+        [part_of(window, i) for i in indices],
         None if anchors is None else (_anchors_of(anchors.old, indices), _anchors_of(anchors.reference, indices)),
     )
 
@@ -142,8 +145,10 @@ def _anchors_of(found: dict[int, Tensor], indices: range) -> list[Tensor | None]
 
 
 def _put_together(share: Share, groups: list[_Group], device: torch.device | str) -> Share:
+    lengths = [max(len(rollout.tokens.completion_ids) for rollout in group.rollouts) for group in groups]
+
     def column(name: str) -> Tensor:
-        return _stack([group.columns[name] for group in groups])
+        return _stack([group.columns[name] for group in groups], lengths)
 
     old = share.window
     window = Window(
@@ -155,7 +160,7 @@ def _put_together(share: Share, groups: list[_Group], device: torch.device | str
         column("values"),
         column("advantages"),
         old.metrics,
-        {name: _stack([group.features[name] for group in groups]) for name in old.features},
+        _features(list(old.features), groups),
         column("weights"),
         [part for group in groups for part in group.parts],
     )
@@ -164,12 +169,32 @@ def _put_together(share: Share, groups: list[_Group], device: torch.device | str
     return Share(window, verdicts, column("repeats"), anchors, share.loads)
 
 
-def _stack(columns: Sequence[Tensor]) -> Tensor:
-    """Columns of several groups as one; values per token may be of different width on different ranks, and nothing is read beyond a row."""
+def _stack(columns: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+    """Columns of several groups as one, a value per token where one of them has it.
+
+    Values per token may be of different width on different ranks; nothing is read beyond a row.
+
+    Args:
+        columns: (group size,) or (group size, T) of each group.
+        lengths: Tokens of each group's longest completion.
+    """
     if not columns:
         return torch.empty(0, dtype=torch.float64)
-    width = max(column.shape[1] if column.ndim == 2 else 0 for column in columns)
-    return torch.cat([pad(column, (0, width - column.shape[1])) if column.ndim == 2 else column for column in columns])
+    if any(column.ndim == 2 for column in columns):
+        columns = [c if c.ndim == 2 else c[:, None].expand(-1, n) for c, n in zip(columns, lengths, strict=True)]
+        width = max(column.shape[1] for column in columns)
+        columns = [pad(column, (0, width - column.shape[1])) for column in columns]
+    return torch.cat(list(columns))
+
+
+def _features(known: Sequence[str], groups: Sequence[_Group]) -> dict[str, Tensor]:
+    """What callbacks measured on any of the groups; NaN where they did not."""
+
+    def measured(group: _Group, name: str) -> Tensor:
+        return group.features.get(name, torch.full((len(group.rollouts),), torch.nan, dtype=torch.float64))
+
+    names = dict.fromkeys([*known, *(name for group in groups for name in group.features)])
+    return {name: _stack([measured(group, name) for group in groups], ()) for name in names}
 
 
 def _by_index(groups: Sequence[_Group], which: int, device: torch.device | str) -> dict[int, Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from theodolite.distributed import gather_objects
 from theodolite.functional.advantages import has_signal, overlong_penalty, weighted_reward
-from theodolite.protocols import Grade, PromptReserve, Rollout, TokenSequence, Verdict, Window
+from theodolite.protocols import Grade, PromptReserve, Reward, Rollout, TokenSequence, Verdict, Window
 
 from .gradients import Anchors, PolicyGradientModule
 from .window import cut
@@ -102,7 +102,8 @@ class CollectionModule(PolicyGradientModule):
         drawn = [grade.reward.value for grade in grades]
         reserve = self._further_rows(window)
         for attempt in range(1, self.refill_attempts + 1):
-            dead = {self.slot(g): g for g in (~has_signal(window.values, size)).nonzero().flatten().tolist()}
+            dead_here = (~has_signal(self.trained_on(window.rewards), size)).nonzero().flatten().tolist()
+            dead = {self.slot(g): g for g in dead_here}
             dead_anywhere = sorted(slot for slots in gather_objects(list(dead)) for slot in slots)
             rows = dict(zip(dead_anywhere, reserve, strict=False))
             if not rows:
@@ -111,7 +112,7 @@ class CollectionModule(PolicyGradientModule):
             rollouts = self._draw([rows[slot] for slot in mine], window.step, "refill", attempt)
             fresh, _ = self._grade([rows[slot] for slot in mine], rollouts, window.step)
             drawn += [grade.reward.value for grade in fresh]
-            alive = has_signal(torch.tensor([grade.reward.value for grade in fresh], dtype=torch.float64), size).tolist()
+            alive = has_signal(self.trained_on([grade.reward for grade in fresh]), size).tolist()
             for k, slot in enumerate(mine):
                 if alive[k]:
                     part = slice(k * size, (k + 1) * size)
@@ -131,18 +132,24 @@ class CollectionModule(PolicyGradientModule):
             if row.id not in held:
                 yield row
 
+    def trained_on(self, rewards: Sequence[Reward]) -> torch.Tensor:
+        """(n,) float64: what training makes of graded rewards, their components by ``reward_weights`` or the environment's own sum."""
+        graded = torch.tensor([reward.value for reward in rewards], dtype=torch.float64)
+        if not self.reward_weights:
+            return graded
+        columns = [[reward.parts.get(name, torch.nan) for reward in rewards] for name in self.reward_weights]
+        weights = torch.tensor(list(self.reward_weights.values()), dtype=torch.float64)
+        total = weighted_reward(torch.tensor(columns, dtype=torch.float64).T, weights)
+        return torch.where(graded.isnan(), torch.nan, total)
+
     def shape_rewards(self, window: Window) -> None:
         """What the objective does to rewards before advantages: component weights, exclusion, overlong penalty, KL in the reward.
 
         Components are weighted by what they were when graded; what callbacks did to the values stays on top.
         """
-        if self.reward_weights:
+        if self.reward_weights and self.reward_mix == "sum":
             graded = torch.tensor([reward.value for reward in window.rewards], dtype=torch.float64)
-            columns = [[reward.parts.get(name, torch.nan) for reward in window.rewards] for name in self.reward_weights]
-            weights = torch.tensor(list(self.reward_weights.values()), dtype=torch.float64)
-            total = weighted_reward(torch.tensor(columns, dtype=torch.float64).T, weights)
-            if self.reward_mix == "sum":
-                window.values = window.values - graded + total
+            window.values = window.values - graded + self.trained_on(window.rewards)
         if self.truncated == "exclude":
             cut_off = torch.tensor([rollout.finish == "length" for rollout in window.rollouts])
             window.values = torch.where(cut_off, torch.nan, window.values)

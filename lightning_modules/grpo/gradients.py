@@ -17,9 +17,9 @@ from theodolite.out_of_memory import is_out_of_memory, release_memory
 from theodolite.protocols import TokenSequence, Verdict, Window
 
 from ..evaluation import add_sums
-from ..policy_module import PolicyModule
 from ..split_prefix import Backbone, SplitPrefix
-from .hooks import call_window_hook
+from .hooks import call_window_hook, measures_parts
+from .limits import LimitedModule
 from .losses import PolicyLoss, TokenBatch
 from .window import counted, cut, foreign, merged, pad_rows, part_of, per_token, prefix_runs
 
@@ -35,7 +35,7 @@ class Anchors:
     reference: dict[int, Tensor] = field(default_factory=dict)
 
 
-class PolicyGradientModule(PolicyModule):
+class PolicyGradientModule(LimitedModule):
     """The gradient of a window. Subclasses sample it and decide its advantages.
 
     Attributes:
@@ -53,12 +53,9 @@ class PolicyGradientModule(PolicyModule):
     updates_per_window: int
     reuse_sampler_log_probs: bool
     mismatch: tuple[MismatchMode, float, float] | None
-    token_budget: int | None
     backbone: Backbone | None = None
     _reference: list[Any]
     _split: SplitPrefix | None = None
-    _halvings: int = 0
-    _row_limit: int | None = None
 
     # ------------------------------------------------------------------ denominators and microbatches
 
@@ -114,16 +111,6 @@ class PolicyGradientModule(PolicyModule):
         runs = cut(range(len(distinct)), [len(prompt) for prompt in distinct], None, most)
         number = {distinct[k]: run for run, members in enumerate(runs) for k in members}
         return [[i for i in indices if number[prompts[i]] == run] for run in range(len(runs))]
-
-    def _most_rows(self) -> int | None:
-        """The configured microbatch, or what fitted after memory ran out."""
-        limits = [limit for limit in (self.micro_batch_size, self._row_limit) if limit is not None]
-        return min(limits) if limits else None
-
-    def _most_prompt_tokens(self, prompts: Sequence[tuple[int, ...]]) -> int | None:
-        if not self._halvings:
-            return self.token_budget
-        return max(1, (self.token_budget or len(set(prompts)) * max(map(len, prompts))) >> self._halvings)
 
     @property
     def old_is_the_samplers(self) -> bool:
@@ -246,13 +233,7 @@ class PolicyGradientModule(PolicyModule):
         verdicts: Sequence[Verdict],
     ) -> Sums:
         sums: list[Sums] = []
-        prompts = [rollout.tokens.prompt_ids for rollout in window.rollouts]
-        runs = (
-            prefix_runs(microbatches, prompts, self._most_prompt_tokens(prompts))
-            if self.backbone
-            else [([], list(range(len(microbatches))))]
-        )
-        for own_prompts, members in runs:
+        for own_prompts, members in self._runs(window, microbatches):
             if self.backbone is not None:
                 self._split = self.split_prefix(self.backbone, own_prompts)
             for k in members:
@@ -268,6 +249,15 @@ class PolicyGradientModule(PolicyModule):
                 self._split = None
                 self._hook("on_microbatch_gradients", window, verdicts, part_of(window, microbatches[members[-1]][0]))
         return add_sums(sums)
+
+    def _runs(self, window: Window, microbatches: Sequence[Sequence[int]]) -> list[tuple[list[tuple[int, ...]], list[int]]]:
+        """Prompts that are computed together and their microbatches, of one gradient part where a callback tells parts apart."""
+        if self.backbone is None:
+            return [([], list(range(len(microbatches))))]
+        prompts = [rollout.tokens.prompt_ids for rollout in window.rollouts]
+        apart = measures_parts(cast(Any, self.trainer).callbacks)
+        parts = [part_of(window, m[0]) for m in microbatches] if apart else None
+        return prefix_runs(microbatches, prompts, self._most_prompt_tokens(prompts), parts)
 
     def split_prefix(self, backbone: Backbone, prompts: Sequence[tuple[int, ...]]) -> SplitPrefix:
         """These prompts, computed for the gradient; with the adapter folded in where sampling folds it in as well."""

@@ -35,3 +35,8 @@ def call_window_hook(name: str, trainer: Any, module: Any, window: Window, verdi
 def wants_parts(callbacks: Sequence[Any]) -> bool:
     """Whether a callback wants to see every gradient part before the parts are added."""
     return any(hasattr(callback, "on_part_gradients") for callback in callbacks)
+
+
+def measures_parts(callbacks: Sequence[Any]) -> bool:
+    """Whether a callback looks at the gradient after every microbatch; one with ``measure_parts = False`` says that it does not."""
+    return any(hasattr(callback, "on_microbatch_gradients") and getattr(callback, "measure_parts", True) for callback in callbacks)

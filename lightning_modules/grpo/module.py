@@ -31,6 +31,7 @@ from theodolite.distributed import gather_objects
 from theodolite.functional.advantages import gdpo_advantages, group_advantages
 from theodolite.protocols import Window
 
+from ..merged_adapter import check_merging
 from ..split_prefix import take_apart
 from .balance import Share, balance
 from .collection import CollectionModule
@@ -141,6 +142,7 @@ class GRPOModule(CollectionModule):
 
     def on_fit_start(self) -> None:
         """Split the global batch, choose the gradient path, and say who may see the oracle's labels."""
+        check_merging(self.engine, str(self.trainer.precision))
         prompts = getattr(self._datamodule(), "global_batch_size", None)
         if not isinstance(prompts, int):
             raise TypeError(
@@ -252,8 +254,8 @@ class GRPOModule(CollectionModule):
         change = window.values - torch.tensor([reward.value for reward in window.rewards], dtype=torch.float64)
         components = torch.where(window.values.isnan()[:, None], torch.nan, torch.cat([components, change[:, None]], dim=1))
         by_slot = self._by_slot(components)
-        advantages = gdpo_advantages(by_slot, torch.tensor([*weights.values(), 1.0]), self.group_size)
-        return self._own(advantages)
+        factors = torch.tensor([*weights.values(), 1.0], dtype=torch.float64)
+        return self._own(gdpo_advantages(by_slot, factors, self.group_size))
 
     def global_advantages(self, values: Tensor) -> Tensor:
         """Advantages of this rank's rollouts, with every statistic taken over the window of all ranks."""

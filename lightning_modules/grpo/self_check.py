@@ -19,6 +19,15 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2, tor
 Models in float64 still compute norms in float32."""
 
 
+def tolerance_of(module: Any) -> float:
+    """What the coarsest dtype on the gradient's way allows: that of a parameter, or the one that autocast computes in."""
+    dtypes, kind = {parameter.dtype for parameter in module.causal_lm.parameters()}, module.device.type
+    with module.trainer.precision_plugin.forward_context():
+        if torch.is_autocast_enabled(kind):
+            dtypes.add(torch.get_autocast_dtype(kind))
+    return max(TOLERANCES[dtype] for dtype in dtypes)
+
+
 def check_gradient_path(module: Any, window: Window, indices: Sequence[int]) -> float:
     """Relative difference between the module's gradient path and the padded path; ``p.grad`` is left as it was.
 
@@ -34,11 +43,11 @@ def check_gradient_path(module: Any, window: Window, indices: Sequence[int]) -> 
         all ranks.
 
     Raises:
-        RuntimeError: The deviation is more than float noise of the policy's dtype. It is raised on every rank.
+        RuntimeError: The deviation is more than float noise of the policy's dtype or autocast's. It is raised on every rank.
     """
     sequences = [window.rollouts[i].tokens for i in indices]
     deviation = max(gather_objects(_deviation(module, sequences) if sequences else 0.0))
-    tolerance = max(TOLERANCES[parameter.dtype] for parameter in module.causal_lm.parameters())
+    tolerance = tolerance_of(module)
     if not deviation <= tolerance:
         raise RuntimeError(
             f"The fast gradient path deviates from the padded one by {deviation:.1e} (float noise would be below {tolerance:.0e}) for this "

@@ -43,6 +43,11 @@ def check_settings(module: Any, mismatch: dict[str, Any] | None) -> None:
         raise ValueError(f"model.overlong_buffer is {module.overlong_buffer}; it must not exceed max_new_tokens.")
     if module.reward_mix == "gdpo" and not module.reward_weights:
         raise ValueError("model.reward_mix=gdpo needs model.reward_weights: which components there are, and what each counts.")
+    if module.reward_mix == "gdpo" and module.zero_variance != "skip":
+        raise ValueError(
+            f"model.zero_variance={module.zero_variance} looks for groups whose one reward does not vary, but reward_mix=gdpo trains on "
+            "every component apart; set zero_variance to skip, or reward_mix to sum."
+        )
     truncates = module.sampling.top_p < 1 or module.sampling.top_k > 0
     if mismatch is not None:
         _check_mismatch(mismatch, truncates)

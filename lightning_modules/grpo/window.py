@@ -79,7 +79,10 @@ def cut(indices: Sequence[int], lengths: Sequence[int], most_rows: int | None, m
 
 
 def prefix_runs(
-    microbatches: Sequence[Sequence[int]], prompts: Sequence[tuple[int, ...]], most_tokens: int | None
+    microbatches: Sequence[Sequence[int]],
+    prompts: Sequence[tuple[int, ...]],
+    most_tokens: int | None,
+    parts: Sequence[str] | None = None,
 ) -> list[tuple[list[tuple[int, ...]], list[int]]]:
     """Consecutive microbatches whose distinct prompts are computed together.
 
@@ -87,6 +90,7 @@ def prefix_runs(
         microbatches: Rollout indices.
         prompts: Prompt ids by rollout.
         most_tokens: Distinct prompts times the longest of them; None = no bound. A microbatch is never split.
+        parts: Name of every microbatch whose runs are to keep to one name; None = runs do not ask.
 
     Returns:
         Per run: its distinct prompts and the positions of its microbatches.
@@ -95,7 +99,8 @@ def prefix_runs(
     for k, indices in enumerate(microbatches):
         own = list(dict.fromkeys(prompts[i] for i in indices))
         together = list(dict.fromkeys([*runs[-1][0], *own])) if runs else []
-        if runs and (most_tokens is None or len(together) * max(map(len, together)) <= most_tokens):
+        fits = most_tokens is None or (bool(together) and len(together) * max(map(len, together)) <= most_tokens)
+        if runs and fits and (parts is None or parts[k] == parts[k - 1]):
             runs[-1] = (together, [*runs[-1][1], k])
         else:
             runs.append((own, [k]))

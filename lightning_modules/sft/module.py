@@ -24,6 +24,7 @@ from theodolite.batch_arithmetic import BatchArithmetic, split_batch
 from theodolite.distributed import gather_objects, sum_gradients
 from theodolite.protocols import Example
 
+from ..merged_adapter import check_merging
 from ..policy_module import PolicyModule
 from ..scoring import selected_log_probs
 
@@ -50,6 +51,7 @@ class SFTModule(PolicyModule):
 
     def on_fit_start(self) -> None:
         """Split the global batch over ranks."""
+        check_merging(self.engine, str(self.trainer.precision))
         size = getattr(self._datamodule(), "global_batch_size", None)
         if not isinstance(size, int):
             raise TypeError(

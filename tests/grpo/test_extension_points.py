@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from grpo_fits import Gradients, PlainDescent, deviation, fit, flat_gradient
 
+from theodolite.lightning_modules.grpo.hooks import measures_parts
+from theodolite.lightning_modules.grpo.window import prefix_runs
 from theodolite.protocols import OracleWindow, Reward, TokenSequence, Window
 from theodolite.replay import POLICY, replace_rollout
 
@@ -72,6 +74,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"truncated": "drop"}, "keep, mask, exclude"),
     ({"zero_variance": "keep"}, "skip, drop, refill"),
     ({"reward_mix": "gdpo"}, "needs model.reward_weights"),
+    ({"reward_mix": "gdpo", "reward_weights": {"a": 1.0}, "zero_variance": "drop"}, "set zero_variance to skip"),
+    ({"reward_mix": "gdpo", "reward_weights": {"a": 1.0}, "zero_variance": "refill"}, "or reward_mix to sum"),
     ({"overlong_buffer": 13}, "must not exceed max_new_tokens"),
     ({"token_budget": 0}, "at least 1"),
 ]
@@ -172,6 +176,41 @@ def test_named_parts_are_seen_alone_may_be_changed_and_add_up(tmp_path: Path, sp
     assert deviation(parts.seen["even"] + parts.seen["odd"], plain) < 1e-5
     assert min(float(gradient.norm()) for gradient in parts.seen.values()) > 0
     assert deviation(gradient_of(tmp_path, Parts("odd"), split_backward=split_backward), parts.seen["even"]) < 1e-5
+
+
+class Credits(Callback):
+    """What every microbatch, and the prompts after it, add to the gradient, by the part they are said to be of."""
+
+    def __init__(self) -> None:
+        self.before: Any = 0.0
+        self.seen: dict[str, Any] = {}
+
+    on_advantages = Parts.on_advantages
+
+    def on_microbatch_gradients(self, trainer: Any, pl_module: Any, window: Window, part: str) -> None:
+        present = [torch.zeros_like(p) if p.grad is None else p.grad for p in pl_module.trainable_parameters()]
+        now = torch.cat([gradient.flatten() for gradient in present])
+        self.seen[part], self.before = self.seen.get(part, 0.0) + now - self.before, now
+
+
+def test_what_microbatches_of_a_part_add_is_its_whole_gradient_prompts_included(tmp_path: Path) -> None:
+    parts, credits = Parts(), Credits()
+    fit(tmp_path, parts, split_backward=True, max_grad_norm=0.0)
+    fit(tmp_path, credits, split_backward=True, max_grad_norm=0.0, micro_batch_size=2)
+    assert set(credits.seen) == {"even", "odd"}
+    for name, gradient in parts.seen.items():
+        assert deviation(credits.seen[name], gradient) < 1e-5
+
+
+def test_prompts_are_computed_together_across_parts_unless_a_callback_tells_them_apart() -> None:
+    prompts, microbatches = [(1, 2), (3,)], [[0], [1], [0]]
+    assert prefix_runs(microbatches, prompts, None) == [(prompts, [0, 1, 2])]
+    assert prefix_runs(microbatches, prompts, None, ["a"] * 3) == [(prompts, [0, 1, 2])]
+    assert prefix_runs(microbatches, prompts, None, ["a", "a", "b"]) == [(prompts, [0, 1]), ([(1, 2)], [2])]
+    assert measures_parts([Parts(), Credits()])
+    quiet = Credits()
+    quiet.measure_parts = False  # pyright: ignore[reportAttributeAccessIssue]
+    assert not measures_parts([Parts(), quiet])
 
 
 # -- rollouts of another source ------------------------------------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,6 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from grpo_fits import TINY, Gradients, PlainDescent, deviation, fit
 from tiny_policies import Row, TextGrader, TinyPrompts
 
+from theodolite import distributed
+from theodolite.lightning_modules.decoding import Sampling
+from theodolite.lightning_modules.grpo.limits import CHECKPOINT_KEY
+from theodolite.lightning_modules.held_out import HeldOutEvaluation
+from theodolite.lightning_modules.rollouts import Sample
 from theodolite.protocols import Grade
 
 
@@ -52,6 +58,30 @@ def test_out_of_memory_halves_the_microbatch_and_the_gradients_stay(
     assert "microbatches are halved" in caplog.text
     first_fit = module.tried.index(next(n for n in module.tried if n <= 4))
     assert max(module.tried[first_fit:]) <= 4, "what did not fit once is not tried again"
+
+
+def saved(*limits: tuple[int, int | None]) -> dict[str, Any]:
+    checkpoint, buffer = {"state_dict": {}, CHECKPOINT_KEY: list(limits)}, io.BytesIO()
+    torch.save(checkpoint, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def test_what_did_not_fit_is_remembered_by_checkpoints_rank_by_rank() -> None:
+    fresh, cramped = PlainDescent(**TINY, micro_batch_size=8), PlainDescent(**TINY, micro_batch_size=8)
+    checkpoint: dict[str, Any] = {"state_dict": {}}
+    fresh.on_save_checkpoint(checkpoint)
+    assert checkpoint == {"state_dict": {}}, "nothing is added where memory never ran out"
+    cramped._halvings, cramped._row_limit = 2, 3
+    cramped.on_save_checkpoint(checkpoint)
+    assert checkpoint == saved((2, 3))
+    fresh.on_load_checkpoint(checkpoint)
+    assert (fresh._most_rows(), fresh._most_prompt_tokens([(1,) * 8])) == (3, 2)
+    for ranks, expected in ((2, (0, None)), (4, (1, 6))):
+        resumed, stub = PlainDescent(**TINY), SimpleNamespace(world_size=ranks, global_rank=0)
+        resumed._trainer = cast(Any, stub)
+        resumed.on_load_checkpoint(saved((0, None), (1, 6)))
+        assert (resumed._halvings, resumed._row_limit) == expected
 
 
 def test_one_row_that_does_not_fit_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,3 +129,14 @@ def test_sharded_strategies_are_refused_because_ranks_would_wait_for_one_another
     module._trainer = stub
     with pytest.raises(ValueError, match="under ModelParallelStrategy every forward pass is a collective"):
         module._check_ranks()
+
+
+def test_a_grader_that_fails_on_another_rank_ends_this_one_s_evaluation_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, "KeyError: 'tests'"])
+    sample = Sample((1,), (-1.0,), "stop", 0)
+    environment = TextGrader()
+    environment.start()
+    module: Any = SimpleNamespace(sample=lambda *_: ([(1,)], [[sample]]), decode=str, environment=environment)
+    with pytest.raises(RuntimeError, match=r"rank 1 failed \(KeyError: 'tests'"):
+        HeldOutEvaluation(module).step([Row("held-out0", "Say.")], 0, 1, Sampling(1), drift=False)

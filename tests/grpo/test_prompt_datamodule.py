@@ -22,7 +22,7 @@ EXAMPLE = ROOT / "docs" / "examples"
 
 def written(folder: Path, rows: list[Any]) -> str:
     path = folder / "rows.jsonl"
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8", newline="")
     return str(path)
 
 
@@ -47,6 +47,12 @@ def test_every_prompt_is_on_one_side_and_columns_reach_the_rows(tmp_path: Path) 
     assert [row.id for batch in data.val_dataloader() for row in batch] == [row.id for row in held_out]
     assert len([row for batch in module(data.prompts, prompt_field="question", eval_prompts=2).val_dataloader() for row in batch]) == 2
     assert data.corpus() == [row.prompt for row in train]
+
+
+def test_a_line_ends_at_its_newline_and_at_no_other_separator_that_a_text_holds(tmp_path: Path) -> None:
+    texts = [f"{i}: one\u2028two\u0085three" for i in range(20)]
+    data = module(written(tmp_path, [json.dumps({"prompt": text}, ensure_ascii=False) + "\r" * (i % 2) for i, text in enumerate(texts)]))
+    assert sorted(row.prompt for side in data.rows for row in side) == sorted(texts)
 
 
 def test_texts_become_chats_on_request_and_chats_stay(tmp_path: Path) -> None:
@@ -76,6 +82,8 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (questions(completions=1), {"prompt_field": "question"}, "column 'completions'"),
     (questions(name="x"), {"prompt_field": "question", "id_field": "name"}, "repeat"),
     ([{"prompt": ""}], {}, "has the prompt ''"),
+    ([{"prompt": "a", "x": 1}, "", {"prompt": "b"}], {}, "line 3 lacks the column 'x', other than line 1"),
+    ([{"prompt": "a"}, {"prompt": "b", "y": None}], {}, "line 2 has the column 'y', other than line 1"),
     ([{"prompt": "a"}], {}, "are left for training"),
 ]
 

@@ -18,6 +18,7 @@ from grpo_fits import fit
 from tiny_policies import TinyPrompts
 
 from theodolite.datamodules.reward_functions import RewardFunctions
+from theodolite.datamodules.reward_worker import load
 from theodolite.protocols import Environment
 
 
@@ -87,3 +88,32 @@ def test_a_policy_trains_on_them(tmp_path: Path) -> None:
     _, trainer = fit(tmp_path, data=data)
     assert 0 < float(trainer.logged_metrics["train/reward_mean"]) < 1
     assert float(trainer.logged_metrics["train/reward/vowels"]) == pytest.approx(float(trainer.logged_metrics["train/reward_mean"]))
+
+
+REWARDS_WITH_CLASSES = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Answer:
+    text: str
+
+
+def kept(completions: list[str], **columns: object) -> list[float]:
+    return [float(Answer(text) == Answer("{expected}")) for text in completions]
+"""
+
+
+def test_files_of_one_name_are_modules_of_their_own_whose_classes_are_found(tmp_path: Path) -> None:
+    found = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.py").write_text(REWARDS_WITH_CLASSES.replace("{expected}", name))
+        found.append(load(f"{tmp_path / name / 'mine.py'}:kept"))
+    assert [function(completions=["a", "b"]) for function in found] == [[1.0, 0.0], [0.0, 1.0]]
+    (tmp_path / "broken.py").write_text("import nowhere_at_all\n")
+    with pytest.raises(ValueError, match="cannot be imported"):
+        load(f"{tmp_path / 'broken.py'}:kept")
+    assert not [name for name in sys.modules if name.startswith("rewards_of_broken")], "a file that fails leaves no half of itself"

@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny_policies import Row, TextGrader, TinyPrompts, callback, config, grpo
 
 from theodolite.cli import main
-from theodolite.lightning_modules.grpo.balance import deal
-from theodolite.protocols import Grade
+from theodolite.lightning_modules.grpo.balance import Share, _put_together, _take, deal
+from theodolite.lightning_modules.grpo.window import part_of
+from theodolite.protocols import Grade, Reward, Rollout, TokenSequence, Verdict, Window
 
 HERE = Path(__file__).resolve().parent
 
@@ -52,6 +53,42 @@ def test_dealing_out_never_makes_the_heaviest_rank_heavier_and_moves_nothing_in_
     assert sum(gains) / len(gains) > 1.2, "half of the groups without signal leave ranks idle that could help"
     assert deal([5, 5, 0, 0], [0, 0, 1, 1], 2) == [0, 1, 1, 1]
     assert deal([3, 3], [0, 1], 2) == [0, 1]
+
+
+def share_of(slot: int, completion: int, **columns: Any) -> Share:
+    """One group of two rollouts on one rank, with the columns that this rank's callbacks have set."""
+    tokens = [TokenSequence((1, 2), (3,) * (completion - i)) for i in range(2)]
+    rollouts = [Rollout(t, "", (-1.0,) * len(t.completion_ids), "stop", f"p{slot}", slot, i, 0) for i, t in enumerate(tokens)]
+    rewards = [Reward(float(i), bool(i), True) for i in range(2)]
+    numbers = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    fields: dict[str, Any] = {"advantages": numbers - 0.5} | columns
+    window = Window(0, [f"row{slot}"], rollouts, rewards, 2, numbers, **fields)
+    return Share(window, [Verdict(False, "incorrect", "ok", False)] * 2, torch.ones(2, dtype=torch.float64), None)
+
+
+def test_groups_of_ranks_whose_callbacks_set_different_columns_keep_what_each_means() -> None:
+    bare = share_of(0, completion=5)
+    dressed = share_of(
+        1,
+        completion=3,
+        advantages=torch.full((2, 3), 0.25, dtype=torch.float64),
+        weights=torch.tensor([[0.5, 0.5, 0.5], [2.0, 2.0, 2.0]], dtype=torch.float64),
+        parts=["a", "b"],
+        features={"flagged": torch.tensor([1.0, 0.0])},
+    )
+    for shares in ((bare, dressed), (dressed, bare)):
+        groups = sorted((_take(share, 0, share.window.rollouts[0].slot) for share in shares), key=lambda group: group.slot)
+        window = _put_together(shares[0], groups, "cpu").window
+        assert [part_of(window, i) for i in range(4)] == ["policy", "policy", "a", "b"]
+        lengths = [len(rollout.tokens.completion_ids) for rollout in window.rollouts]
+        assert lengths == [5, 4, 3, 2]
+        weights, advantages = ([row[:n].tolist() for row, n in zip(c, lengths, strict=True)] for c in (window.weights, window.advantages))
+        assert weights == [[1.0] * 5, [1.0] * 4, [0.5] * 3, [2.0] * 2]
+        assert advantages == [[-0.5] * 5, [0.5] * 4, [0.25] * 3, [0.25] * 2]
+        assert window.features["flagged"].isnan().tolist() == [True, True, False, False]
+        assert window.features["flagged"][2:].tolist() == [1.0, 0.0]
+    alone = _put_together(bare, [_take(bare, 0, 0)], "cpu").window
+    assert (alone.weights.tolist(), alone.advantages.tolist(), alone.features) == ([1.0, 1.0], [-0.5, 0.5], {})
 
 
 # -- in a run ------------------------------------------------------------------------------------------------------------------------------

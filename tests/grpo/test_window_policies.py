@@ -172,6 +172,26 @@ def test_refilling_ends_where_nothing_helps_and_is_refused_where_no_further_prom
         check_reserve(None)
 
 
+class Styled(Half):
+    """The environment's own sum always varies; of the two components, ``style`` varies on even problems only."""
+
+    def one(self, row: Row, text: str) -> Grade:
+        number = derive_seed(row.id, text.encode().hex()) % 1000 / 1000
+        style = 0.5 if int(row.id.removeprefix("train")) % 2 else number
+        return Grade(Reward(number, True, True, {"style": style, "other": number}), Verdict(False, "incorrect", "ok", False))
+
+
+def test_groups_are_refilled_where_the_weighted_components_teach_nothing_whatever_the_environment_s_sum_does(tmp_path: Path) -> None:
+    data, grader = TinyPrompts(), Styled()
+    data.environment = grader
+    found, _, logged = seen(tmp_path, data=data, zero_variance="refill", refill_attempts=4, reward_weights={"style": 2.0})
+    slots, tried = refilled_by_hand(grader.asked[0], DistributedBatchSampler(20, 4).further(0), 4)
+    assert grader.asked[1:] == tried
+    assert [row.id for row in found.window.rows] == slots
+    assert [float(v) for v in found.window.values] == pytest.approx([2 * reward.parts["style"] for reward in found.window.rewards])
+    assert logged["train/groups_with_signal"] == sum(not int(row[5:]) % 2 for row in slots) / 4
+
+
 # -- several rewards, penalties ------------------------------------------------------------------------------------------------------------
 
 

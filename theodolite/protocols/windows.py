@@ -52,7 +52,7 @@ class Window:
         values: (n,) float64 reward values; callbacks may change them in ``on_rollouts``. NaN = not scorable.
         advantages: (n,) advantages, or (n, T) with column t for completion token t; callbacks may change them in ``on_advantages``.
         metrics: (sum, count) pairs that callbacks add; the module sums both over ranks and logs the ratio.
-        features: (n,) numbers per rollout that callbacks measure, for the gates and reports of later callbacks.
+        features: (n,) numbers per rollout that callbacks measure, for the gates and reports of later callbacks. NaN = not measured.
         weights: (n,) or (n, T) factors on the loss, set by callbacks; empty = 1 everywhere. Denominators stay as they are.
         parts: Name of the gradient part that each rollout belongs to, set by callbacks; empty = its source.
     """
