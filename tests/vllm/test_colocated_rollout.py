@@ -162,10 +162,12 @@ def test_the_config_of_the_large_model_runs_two_steps_with_a_tiny_one(adapter: b
         "trainer.accelerator": "cpu",
         "trainer.num_sanity_val_steps": "0",
         "model.eval_samples": "1",
+        "data.max_prompt_tokens": "null",
+        "data.tokenizer": "null",
     }
     if not adapter:
         settings |= {"model.lora": "null"}
-    configs = [f"--config={ROOT}/configs/grpo/{name}.yaml" for name in ("leetcode", "vllm")]
+    configs = [f"--config={ROOT}/configs/grpo/{name}.yaml" for name in ("leetcode", "qwen3_4b_leetcode", "vllm")]
     command = [sys.executable, "-m", "theodolite", "fit", *configs, f"--run_dir={tmp_path}/run"]
     command += [f"--{key}={value}" for key, value in settings.items()]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=250, check=False)
@@ -175,5 +177,6 @@ def test_the_config_of_the_large_model_runs_two_steps_with_a_tiny_one(adapter: b
     print("mean absolute log-ratio of sampler and trainer by step:", gaps)
     assert "sampler and trainer agree" in done.stderr + done.stdout
     assert any("val/pass_rate" in row for row in rows), sorted(rows[-1])
+    assert all(abs(row["val/kl_k1"]) < 0.01 for row in rows if "val/pass_rate" in row), "drift is measured by the trainer"
     assert len(gaps) == 2
     assert all(gap < 1e-4 for gap in gaps)
