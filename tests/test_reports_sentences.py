@@ -107,6 +107,9 @@ def test_an_arm_that_never_finished_a_run_is_missing_and_not_passed_over(tmp_pat
     page = render_page(study)
     assert "not made because an arm has no run: <code>method</code> minus <code>vanilla</code>" in page
     assert missing(study) in results_text([tmp_path / "s"])
+    failed = {"arm": "method", "seed": 11, "state": "failed", "error": "ValueError: no.", "folder": "method-11", "seconds": None}
+    (tmp_path / "s" / "runs.json").write_text(json.dumps({"runs": [failed]}))
+    assert "`method` seed 11 (failed: ValueError: no.)" in missing(read_study(tmp_path / "s"))
 
 
 def test_near_the_reference_means_within_the_mark_or_better(tmp_path: Path) -> None:

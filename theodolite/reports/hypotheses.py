@@ -226,6 +226,8 @@ def _judgement(study: Study, entry: Hypothesis, sample: _Sample, p_for: float, p
         outcome, reason = "falsified", f"the test of the opposite has p = {p_against:.2g}"
     else:
         reason = f"neither test decides (p = {p_for:.2g} for it, {p_against:.2g} against it)"
+    if len(set(differences)) == 1:
+        reason += ", the difference being the same on every seed"
     met, condition = _pass_condition(study, entry)
     if outcome == "confirmed" and not met:
         outcome = "undecided"

@@ -166,7 +166,7 @@ def read_study(study_dir: Path, *more: Path) -> Study:
     return Study(
         directory=study_dir,
         runs=tuple(runs),
-        absent=tuple(_absent(runs, folders, plan)),
+        absent=tuple(_absent(runs, folders, plan, _failures(study_dir))),
         seconds={str(phase): float(value) for phase, value in timings.get("seconds", {}).items() if finite(value) is not None},
         cpu_count=cpu_count if isinstance(cpu_count, int) else None,
         plan=plan,
@@ -270,7 +270,7 @@ def _refuse_duplicates(runs: list[Run]) -> None:
             raise ValueError(f"{first} and {run.directory} both claim arm {run.arm!r} with seed {run.seed}: keep one of them")
 
 
-def _absent(runs: list[Run], folders: Iterable[Path], plan: Plan) -> list[tuple[str, int, str]]:
+def _absent(runs: list[Run], folders: Iterable[Path], plan: Plan, failures: dict[tuple[str, int], str]) -> list[tuple[str, int, str]]:
     """Combinations of arm and seed without a final measurement, each once, and why; also of arms that the plan names and nobody ran."""
     by_key = {(run.arm, run.seed): run for run in runs}
     seeds = sorted({run.seed for run in runs})
@@ -281,10 +281,18 @@ def _absent(runs: list[Run], folders: Iterable[Path], plan: Plan) -> list[tuple[
     for arm, seed in [*((arm, seed) for arm in arms for seed in seeds), *sorted(begun)]:
         run = by_key.get((arm, seed))
         if run is None:
-            absent.append((arm, seed, "directory without run.json" if (arm, seed) in begun else "no such run"))
+            unknown = "directory without run.json" if (arm, seed) in begun else "no such run"
+            absent.append((arm, seed, failures.get((arm, seed), unknown)))
         elif not run.finished:
             absent.append((arm, seed, "no final evaluation"))
     return list(dict.fromkeys(absent))
+
+
+def _failures(study_dir: Path) -> dict[tuple[str, int], str]:
+    """Why runs failed, as the sweep that started them says in its ``runs.json``."""
+    path = study_dir / "runs.json"
+    records = _read_object(path).get("runs", []) if path.is_file() else []
+    return {(one["arm"], one["seed"]): f"failed: {one['error']}" for one in records if one.get("state") == "failed"}
 
 
 def _left_behind(folder: Path) -> bool:

@@ -64,9 +64,13 @@ def _study(study: Study) -> str:
         "".join(f"`{arm}` minus `{against}` is asked for and cannot be made: an arm has no run.\n" for arm, against in dropped(study))
     ]
     rates = " and ".join(f"`{study.plan.measures[name]}`" for name in ("hack_rate", "pass_rate"))
-    parts += [f"### What happened ({rates})\n", *(f"* *{item.status}*: {item.text}" for item in findings(study)), ""]
-    parts += ["### Before quoting a number\n", *(f"* {item}" for item in caveats(study)), ""]
+    parts += [f"### What happened ({rates})\n", _bullets([f"*{item.status}*: {item.text}" for item in findings(study)])]
+    parts += ["### Before quoting a number\n", _bullets(caveats(study))]
     return "\n".join(part for part in parts if part)
+
+
+def _bullets(items: Sequence[str]) -> str:
+    return "".join(f"* {item}\n" for item in items)
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -85,7 +85,7 @@ def against_other(study: Study, arm: str, against: str) -> Finding:
     """Whether ``arm`` hacks less than ``against``, and what happens to honest solutions."""
     hack, passing = compare(study, arm, against, "hack_rate"), compare(study, arm, against, "pass_rate")
     role = _role(study, arm, against)
-    question = f"`{arm}` against {role} `{against}`"
+    question = f"`{arm}` against {role}"
     missing = _no_pairs(hack, question)
     if missing:
         return missing
@@ -96,27 +96,27 @@ def against_other(study: Study, arm: str, against: str) -> Finding:
             f"`{arm}` and `{against}` share one seed ({points(hack.mean)} points of hack rate): one seed shows nothing.",
         )
     elif hack.direction == "lower":
-        status, claim = "better", f"`{arm}` hacks less than {role} `{against}`: {numbers}."
+        status, claim = "better", f"`{arm}` hacks less than {role}: {numbers}."
     elif hack.direction == "higher":
-        status, claim = "worse", f"`{arm}` hacks more than {role} `{against}`: {numbers}."
+        status, claim = "worse", f"`{arm}` hacks more than {role}: {numbers}."
     elif hack.mean is not None and hack.mean < 0:
         status = "unresolved"
-        claim = f"`{arm}` hacks less than {role} `{against}` on average, but {hack.n} seeds do not settle it: {numbers}."
+        claim = f"`{arm}` hacks less than {role} on average, but {hack.n} seeds do not settle it: {numbers}."
     else:
-        status, claim = "unresolved", f"`{arm}` does not beat {role} `{against}` on hacking: {numbers}."
+        status, claim = "unresolved", f"`{arm}` does not beat {role} on hacking: {numbers}."
     return Finding(question, status, f"{claim} {_honest(passing, hack)}".strip())
 
 
 def _role(study: Study, arm: str, against: str) -> str:
     if against == "vanilla":
-        return "no intervention,"
+        return "no intervention (`vanilla`)"
     if against == "rebound":
-        return "the baseline"
+        return "the baseline `rebound`"
     if against == "oracle":
-        return "the oracle's reward,"
+        return "the oracle's reward (`oracle`)"
     if not arm_styles([against], {against: study.title(against)}, study.controls)[against].control:
-        return "the arm"
-    return "its control" if (arm, against) in questions(study) else "the control"
+        return f"the arm `{against}`"
+    return f"{'its' if (arm, against) in questions(study) else 'the'} control `{against}`"
 
 
 def _numbers(item: Comparison) -> str:
