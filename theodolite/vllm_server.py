@@ -7,16 +7,28 @@ what goes wrong is one sentence with the remedy.
 from __future__ import annotations
 
 import json
+import queue
 import shlex
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import Any, TypeVar
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for ``max_lora_rank``."""
+
+TIMEOUT_S = 1200.0
+"""Longest wait for one call. Shorter than what ranks wait for one another (30 minutes), so that it is this sentence that ends a run."""
+
+CONNECT_TIMEOUT_S = 20.0
+"""Longest wait for an answer that needs no computing."""
 
 RETRY_S = 0.2
 """Between two tries of a cache reset that was refused because blocks were still held."""
@@ -68,7 +80,12 @@ class VLLMServer:
     """
 
     def __init__(
-        self, url: str, timeout_s: float = 1800.0, connect_timeout_s: float = 20.0, command: str = "vllm serve ...", concurrency: int = 256
+        self,
+        url: str,
+        timeout_s: float = TIMEOUT_S,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        command: str = "vllm serve ...",
+        concurrency: int = 256,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"{url!r} is not the address of a vLLM server; write it like http://localhost:8000.")
@@ -94,41 +111,34 @@ class VLLMServer:
         """The single choice of every completion request, in order.
 
         Raises:
-            VLLMServerError: One of them failed, or not all were answered within ``timeout_s``.
+            VLLMServerError: One of them failed, or not all were answered within ``timeout_s``; the others are not waited for.
         """
-        deadline = time.monotonic() + self.timeout_s
-
-        def one(request: Mapping[str, Any]) -> dict[str, Any]:
-            choices = self._call("/v1/completions", request, deadline).get("choices") or []
+        answers = self._answers("/v1/completions", requests, _Limit.of(self.timeout_s)) if requests else []
+        found = [answer.get("choices") or [] for answer in answers]
+        for choices in found:
             if len(choices) != 1:
                 raise VLLMServerError(f"{self.url} answered a request for one completion with {len(choices)}.")
-            return choices[0]
-
-        if not requests:
-            return []
-        pool = ThreadPoolExecutor(min(self.concurrency, len(requests)))
-        try:
-            return list(pool.map(one, requests))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after a failure, the others are not waited for
+        return [choices[0] for choices in found]
 
     def load_adapter(self, name: str, path: str) -> None:
         """Load a LoRA adapter from a folder that the server can read."""
-        self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, remedy="loading an adapter")
+        self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, doing="loading an adapter")
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter."""
-        self._call("/v1/unload_lora_adapter", {"lora_name": name}, remedy="unloading an adapter")
+        limit = _Limit.of(self.connect_timeout_s)
+        self._call("/v1/unload_lora_adapter", {"lora_name": name}, limit, "unloading an adapter")
 
     def reload_weights(self, path: str, version: str) -> None:
         """Replace all weights by those of a folder that the server can read, and name their version."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": path}, "timeout": self.timeout_s}
-        self._call("/collective_rpc", body, remedy="replacing the weights")
-        self._call("/update_weight_version", {"new_version": version}, remedy="naming the weights' version")
+        self._call("/collective_rpc", body, doing="replacing the weights")
+        self._call("/update_weight_version", {"new_version": version}, doing="naming the weights' version")
 
     def weight_version(self) -> str:
         """As the last :meth:`reload_weights` named it; ``default`` after a start."""
-        return str(self._get("/weight_info").get("weight_version"))
+        limit = _Limit.of(self.connect_timeout_s)
+        return str(self._call("/weight_info", None, limit, "naming the weights' version").get("weight_version"))
 
     def reset_prefix_cache(self) -> None:
         """Forget keys and values of earlier weights. Retried while requests still hold blocks.
@@ -136,33 +146,41 @@ class VLLMServer:
         Raises:
             VLLMServerError: It was refused until ``timeout_s`` had passed.
         """
-        deadline = time.monotonic() + self.timeout_s
-        while not self._call("/reset_prefix_cache", {}, deadline, remedy="resetting the prefix cache").get("success", True):
-            if time.monotonic() + RETRY_S > deadline:
-                raise VLLMServerError(f"{self.url} would not reset its prefix cache for {self.timeout_s:g} s; does someone else use it?")
+        limit = _Limit.of(self.timeout_s)
+        while not self._call("/reset_prefix_cache", {}, limit, "resetting the prefix cache").get("success", True):
+            if time.monotonic() + RETRY_S > limit.deadline:
+                raise VLLMServerError(f"{self.url} would not reset its prefix cache for {limit.seconds:g} s; does someone else use it?")
             time.sleep(RETRY_S)
 
     def _get(self, route: str) -> dict[str, Any]:
-        return self._call(route, None, time.monotonic() + self.connect_timeout_s)
+        return self._call(route, None, _Limit.of(self.connect_timeout_s))
 
-    def _call(self, route: str, body: Mapping[str, Any] | None, deadline: float | None = None, remedy: str = "") -> dict[str, Any]:
-        limit = max(0.01, (time.monotonic() + self.timeout_s if deadline is None else deadline) - time.monotonic())
+    def _call(self, route: str, body: Mapping[str, Any] | None, limit: _Limit | None = None, doing: str = "") -> dict[str, Any]:
+        return self._answers(route, [body], limit or _Limit.of(self.timeout_s), doing)[0]
+
+    def _answers(self, route: str, bodies: Sequence[Mapping[str, Any] | None], limit: _Limit, doing: str = "") -> list[dict[str, Any]]:
+        try:
+            return _in_time(lambda body: self._ask(route, body, limit, doing), bodies, self.concurrency, limit)
+        except TimeoutError as error:
+            raise VLLMServerError(
+                f"The vLLM server at {self.url} did not answer {route} within {limit.seconds:g} s; raise the timeout, or restart it if it "
+                "is stuck."
+            ) from error
+
+    def _ask(self, route: str, body: Mapping[str, Any] | None, limit: _Limit, doing: str) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + route, data, {"Content-Type": "application/json"})
-        return self._guarded(lambda: _answer(request, limit), route, limit, remedy)
-
-    def _guarded(self, call: Callable[[], dict[str, Any]], route: str, limit: float, doing: str) -> dict[str, Any]:
         try:
-            return call()
+            return _answer(request, limit.left())
         except urllib.error.HTTPError as error:
             raise VLLMServerError(self._refusal(error, route, doing)) from error
-        except TimeoutError as error:
-            raise VLLMServerError(self._silence(route, limit)) from error
+        except TimeoutError:
+            raise
         except urllib.error.URLError as error:
             if isinstance(error.reason, TimeoutError):
-                raise VLLMServerError(self._silence(route, limit)) from error
+                raise error.reason from error
             raise VLLMServerError(f"No vLLM server answers at {self.url} ({error.reason}); start {self.command}.") from error
-        except (OSError, ValueError) as error:  # the connection broke, or what came back is not JSON
+        except (OSError, ValueError, HTTPException) as error:  # the connection broke, or what came back is not JSON
             raise VLLMServerError(f"The vLLM server at {self.url} broke off its answer to {route} ({error}); did it die?") from error
 
     def _refusal(self, error: urllib.error.HTTPError, route: str, doing: str) -> str:
@@ -171,10 +189,73 @@ class VLLMServer:
             return f"The vLLM server at {self.url} does not offer {doing} ({route}); start {self.command}."
         return f"The vLLM server at {self.url} refused {route} ({error.code}): {said}"
 
-    def _silence(self, route: str, limit: float) -> str:
-        return (
-            f"The vLLM server at {self.url} did not answer {route} within {limit:.0f} s; raise the timeout, or restart it if it is stuck."
-        )
+
+@dataclass(frozen=True, slots=True)
+class _Limit:
+    """A longest wait that has begun.
+
+    Attributes:
+        seconds: Its length, for messages.
+        deadline: Its end, on the monotonic clock.
+    """
+
+    seconds: float
+    deadline: float
+
+    @classmethod
+    def of(cls, seconds: float) -> _Limit:
+        """Begins now."""
+        return cls(seconds, time.monotonic() + seconds)
+
+    def left(self) -> float:
+        """Seconds until its end. Raises ``TimeoutError`` after it."""
+        remaining = self.deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError
+        return remaining
+
+
+def _in_time(work: Callable[[S], T], items: Sequence[S], workers: int, limit: _Limit) -> list[T]:
+    """``work`` of every item, in order, in threads that nobody waits for after a failure, the limit or the end of the process.
+
+    A socket's own timeout counts from byte to byte, so a server that drips would never reach it; and an executor's threads are joined when
+    the interpreter ends, so Ctrl-C would hang for as long as the server does.
+
+    Raises:
+        TimeoutError: Not all were done within the limit.
+        Exception: What ``work`` raised first.
+    """
+    waiting: queue.SimpleQueue[tuple[int, S]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[int, T | Exception]] = queue.SimpleQueue()
+    given_up = threading.Event()
+    for numbered in enumerate(items):
+        waiting.put(numbered)
+
+    def run() -> None:
+        while not given_up.is_set():
+            try:
+                index, item = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                done.put((index, work(item)))
+            except Exception as error:  # handed to the caller
+                done.put((index, error))
+
+    for _ in range(min(workers, len(items))):
+        threading.Thread(target=run, daemon=True, name="vllm request").start()
+    found: dict[int, T] = {}
+    try:
+        while len(found) < len(items):
+            index, value = done.get(timeout=limit.left())
+            if isinstance(value, Exception):
+                raise value
+            found[index] = value
+    except queue.Empty:
+        raise TimeoutError from None
+    finally:
+        given_up.set()
+    return [found[index] for index in range(len(items))]
 
 
 def _answer(request: urllib.request.Request, limit: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -17,6 +17,17 @@ from safetensors.torch import load_file
 
 from theodolite.lightning_modules.decoding import Sampling, draw, uniform_streams
 from theodolite.lightning_modules.policy import load_policy
+
+DEVELOPMENT = ("/reset_prefix_cache", "/collective_rpc", "/weight_info", "/update_weight_version")
+"""Routes that a server has under VLLM_SERVER_DEV_MODE=1 only."""
+
+
+class Answering(Protocol):
+    """What can be served; ``fault`` names what goes wrong below the level of answers."""
+
+    fault: str
+
+    def answer(self, route: str, body: Any) -> tuple[int, Any]: ...
 
 
 class FakeVLLM:
@@ -47,13 +58,13 @@ class FakeVLLM:
             "/v1/models": self.models,
             "/v1/completions": lambda: self.complete(body),
             "/v1/load_lora_adapter": lambda: self.load(body["lora_name"], body["lora_path"]),
-            "/v1/unload_lora_adapter": lambda: self.adapters.pop(body["lora_name"]) and "Success",
+            "/v1/unload_lora_adapter": lambda: self.unload(body["lora_name"]),
             "/reset_prefix_cache": lambda: {"success": self.fault != "held blocks"},
             "/collective_rpc": lambda: self.reload(body["kwargs"]["weights_path"]),
             "/update_weight_version": lambda: self.rename(body["new_version"]),
             "/weight_info": lambda: {"weight_version": self.weight_version},
         }.get(route)
-        if handler is None or (self.fault == "no development routes" and route in ("/reset_prefix_cache", "/collective_rpc")):
+        if handler is None or (self.fault == "no development routes" and route in DEVELOPMENT):
             return 404, {"detail": "Not Found"}
         found = handler()
         return found if isinstance(found, tuple) else (200, found)
@@ -77,6 +88,11 @@ class FakeVLLM:
         else:
             self.adapters[name] = name
         return f"Success: LoRA adapter '{name}' added successfully."
+
+    def unload(self, name: str) -> Any:
+        if self.adapters.pop(name, None) is None:
+            return 404, {"error": {"message": f"The lora adapter '{name}' cannot be found.", "code": 404}}
+        return f"Success: LoRA adapter '{name}' removed successfully."
 
     def reload(self, path: str) -> Any:
         weights = load_file(Path(path, "model.safetensors"))
@@ -136,7 +152,7 @@ class FakeVLLM:
 
 
 @contextmanager
-def serving(fake: FakeVLLM) -> Iterator[str]:
+def serving(fake: Answering) -> Iterator[str]:
     """Serve it on a free port of this machine; yields the address."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -156,7 +172,10 @@ def serving(fake: FakeVLLM) -> Iterator[str]:
                 self.send_response(code)
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
-                self.wfile.write(text)
+                size = 1 if fake.fault == "trickle" else max(1, len(text))
+                for start in range(0, len(text), size):
+                    self.wfile.write(text[start : start + size])
+                    time.sleep(0.1 if fake.fault == "trickle" else 0.0)
             except OSError:  # the client has given up meanwhile
                 self.close_connection = True
 
