@@ -40,6 +40,11 @@ def test_memory_is_counted_from_the_models_own_sizes() -> None:
     assert parts["optimizer"] == 8 * adapter
     assert parts["cache of a rollout batch"] == 2 * 2 * 6 * 15 * 2 * 1 * 16
     assert parts["logits of a microbatch"] == 10 * 2 * 5 * 128
+    bounded = policy_memory(model, RolloutSize(rollouts=6, micro=4, prompt=10, completion=5, token_budget=12), samples=False)
+    assert bounded["cache of a rollout batch"] == 0, "another engine's rollouts are not in this model's cache"
+    assert bounded["logits of a microbatch"] == 10 * 12 * 128, "a budget bounds completion tokens"
+    assert bounded["activations of a microbatch"] / parts["activations of a microbatch"] == (4 * 10 + 12) / (2 * 15), "and no prompts"
+    assert RolloutSize(6, 4, 10, 5, token_budget=3).scored == 5, "a longer completion goes alone"
     plain = meta_model(config, torch.float32, None)
     kept = policy_memory(plain, RolloutSize(6, 2, 10, 5), trainable=["*.layers.*_proj.weight"], reference=True)
     trained = sum(p.numel() for name, p in plain.named_parameters() if "_proj.weight" in name)
@@ -56,6 +61,10 @@ def test_print_memory_reads_the_layers_and_starts_nothing(tmp_path: Path, capsys
     text = capsys.readouterr().out
     assert "64 rollouts at once, microbatches of 4, up to 1536 + 64 tokens" in text
     assert "at most, on one rank" in text
+    main(
+        ["fit", *layers, f"--model.policy={policy}", "--model.lora=null", "--trainer.devices=2", "--trainer.num_nodes=2", "--print_memory"]
+    )
+    assert "16 rollouts at once" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--model.lr=0.1", "--print_memory"])
     assert stop.value.code == 2

@@ -35,7 +35,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
 
 from theodolite.config_check import Checker
-from theodolite.config_layers import ConfigError, closest, config_files, read_layers
+from theodolite.config_layers import ConfigError, closest, config_files, merged, read_layers
 from theodolite.distributed import leave_process_group
 from theodolite.run_logger import RunLogger
 from theodolite.run_recorder import RunRecorder
@@ -224,29 +224,14 @@ def check_args(args: Sequence[str]) -> None:
 
 def _print_memory(args: list[str]) -> None:
     """Estimate what a GRPO run needs on one rank, from its layers alone."""
+    from theodolite.doctor import ranks  # here: these need transformers and a sandbox, which no other command does
     from theodolite.policy_memory import estimate
 
-    tree: dict[str, Any] = {}
-    for layer in read_layers(args[1:]):
-        tree = _merged(tree, layer.tree)
-    devices = (tree.get("trainer") or {}).get("devices", 1)
+    tree = merged(read_layers(args[1:]))
     try:
-        print(estimate(tree, int(devices) if str(devices).isdigit() else 1))
+        print(estimate(tree, ranks(tree)))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _merged(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
-    """``upper`` over ``lower``, key by key; options such as ``--model.lr`` reach into ``init_args``."""
-    result = dict(lower)
-    for key, value in upper.items():
-        before = result.get(key)
-        if isinstance(before, dict) and isinstance(value, dict):
-            inner = {"init_args": value} if "init_args" in before and not {"class_path", "init_args"} & set(value) else value
-            result[key] = _merged(before, inner)
-        else:
-            result[key] = value
-    return result
 
 
 def _checker(subcommand: str) -> Checker:

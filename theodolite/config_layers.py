@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -51,6 +52,46 @@ def read_layers(args: Sequence[str]) -> list[Layer]:
             position += 1
         layers.append(_file_layer(value) if key in ("-c", "--config") else _option_layer(key, value))
     return layers
+
+
+def merged(layers: Sequence[Layer]) -> dict[str, Any]:
+    """The layers as one tree, later ones over earlier ones, for those who read settings without building anything.
+
+    Arguments of a class are under ``init_args`` wherever they were given, and the words of options are what YAML takes them for.
+    """
+    tree: dict[str, Any] = {}
+    for layer in layers:
+        given = _read_words(layer.tree) if layer.is_option else layer.tree
+        _merge(tree, {key: _with_init_args(key, value) for key, value in given.items()})
+    return tree
+
+
+def _read_words(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _read_words(item) for key, item in value.items()}
+    if not isinstance(value, str):
+        return value
+    try:
+        read = get_loader("yaml")(value)
+    except yaml.YAMLError:  # a text, such as a template
+        return value
+    return value if isinstance(read, dict | list) else read
+
+
+def _with_init_args(key: str, value: Any) -> Any:
+    if key not in ("model", "data") or not isinstance(value, dict):
+        return {"class_path": value} if key in ("model", "data") and isinstance(value, str) else value
+    loose = {name: item for name, item in value.items() if name not in ("class_path", "init_args")}
+    kept = {"class_path": value["class_path"]} if "class_path" in value else {}
+    return kept | {"init_args": {**(value.get("init_args") or {}), **loose}}
+
+
+def _merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = copy.deepcopy(value)
 
 
 def config_files(args: Sequence[str]) -> list[str]:

@@ -22,14 +22,16 @@ from typing import Any
 import torch
 
 from theodolite.batch_arithmetic import split_batch
-from theodolite.config_layers import Layer, read_layers
+from theodolite.config_layers import merged, read_layers
 from theodolite.memory_estimate import GIB, available_memory
 from theodolite.provenance import LIBRARIES, library_versions
 from theodolite.sandbox import Sandbox
-from theodolite.vllm_server import VLLMServer, VLLMServerError, serve_command
+from theodolite.vllm_server import CONNECT_TIMEOUT_S, TIMEOUT_S, VLLMServer, VLLMServerError, serve_command
 
 PROMPT_KEYS = ("prompts_per_step", "global_batch_size")
 """How datamodules call the number of rows of a global batch."""
+GROUP_TIMEOUT_S = 1800.0
+"""What ranks wait for one another where ``trainer.strategy`` names no timeout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,36 +67,12 @@ def examine(args: Sequence[str]) -> int:
     config = merged(read_layers(args))
     found = [machine(), *gpus(config), versions(), sandbox()]
     if config:
-        found += [vllm(config), batches(config), memory(config)]
+        found += [vllm(config), *waiting(config), batches(config), memory(config)]
     for finding in found:
         print(finding)
     wrong = sum(bool(finding.remedy) for finding in found)
     print("nothing would stop a run" if not wrong else f"{wrong} of {len(found)} would stop the run")
     return int(wrong > 0)
-
-
-def merged(layers: Sequence[Layer]) -> dict[str, Any]:
-    """The layers as one tree, later ones over earlier ones; arguments of a class under ``init_args`` wherever they were given."""
-    tree: dict[str, Any] = {}
-    for layer in layers:
-        _merge(tree, {key: _with_init_args(key, value) for key, value in layer.tree.items()})
-    return tree
-
-
-def _with_init_args(key: str, value: Any) -> Any:
-    if key not in ("model", "data") or not isinstance(value, dict):
-        return {"class_path": value} if key in ("model", "data") and isinstance(value, str) else value
-    loose = {name: item for name, item in value.items() if name not in ("class_path", "init_args")}
-    kept = {"class_path": value["class_path"]} if "class_path" in value else {}
-    return kept | {"init_args": {**(value.get("init_args") or {}), **loose}}
-
-
-def _merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
-    for key, value in over.items():
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value)
-        else:
-            tree[key] = value
 
 
 def machine() -> Finding:
@@ -140,29 +118,72 @@ def sandbox() -> Finding:
 
 def vllm(config: Mapping[str, Any]) -> Finding:
     """Whether the engine that the config names can sample."""
-    model = (config.get("model") or {}).get("init_args") or {}
-    spec = model.get("rollout") or {}
-    given = {key: value for key, value in spec.items() if key not in ("class_path", "init_args")} | {**(spec.get("init_args") or {})}
-    name = str(spec.get("class_path", "")).rpartition(".")[2]
+    name, given = _rollout(config)
     if name == "VLLMServerRollout":
-        return _server(str(given.get("url", "")), model)
+        return _server(given, (config.get("model") or {}).get("init_args") or {})
     if name == "VLLMRollout":
         there = importlib.util.find_spec("vllm") is not None
         return Finding("vLLM", "in this environment" if there else "not installed", "" if there else "pip install 'theodolite[vllm]'")
     return Finding("vLLM", f"not used: {name or 'the model being trained'} samples")
 
 
-def _server(url: str, model: Mapping[str, Any]) -> Finding:
-    policy, rank = model.get("policy"), (model.get("lora") or {}).get("r")
-    source = policy if isinstance(policy, str) else "<folder of the policy>"
-    command = serve_command(source, str(model.get("dtype", "float32")), rank)
+def _rollout(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of the sampler; empty where the model being trained samples."""
+    spec = ((config.get("model") or {}).get("init_args") or {}).get("rollout") or {}
+    given = {key: value for key, value in spec.items() if key not in ("class_path", "init_args")} | (spec.get("init_args") or {})
+    return str(spec.get("class_path", "")).rpartition(".")[2], given
+
+
+def _server(given: Mapping[str, Any], model: Mapping[str, Any]) -> Finding:
+    policy, url = model.get("policy"), str(given.get("url", ""))
+    source = given.get("served_model") or (policy if isinstance(policy, str) else None)
     try:
-        server = VLLMServer(url, connect_timeout_s=5, command=command)
+        command = serve_command(
+            source or "<folder of the policy>",
+            str(model.get("dtype", "float32")),
+            None if given.get("push") == "full" else _rank(model.get("lora")),
+            revision=model.get("revision"),
+        )
+    except ValueError as error:
+        return Finding("vLLM", str(error), "lower model.lora.r, or set rollout.push to full")
+    try:
+        server = VLLMServer(url, connect_timeout_s=float(given.get("connect_timeout_s", CONNECT_TIMEOUT_S)), command=command)
         version, (name, card) = server.version(), next(iter(server.models().items()))
     except (VLLMServerError, ValueError) as error:
         return Finding("vLLM", str(error), f"start {command}")
     says = f"{version} at {url} serves {name} (up to {card.get('max_model_len')} tokens)"
-    return Finding("vLLM", says, "" if card.get("root") == source else f"the policy is {source}; start {command}")
+    fits = source is None or card.get("root") == source
+    return Finding("vLLM", says, "" if fits else f"the policy is {source}; start {command}, or say rollout.served_model")
+
+
+def _rank(lora: Mapping[str, Any] | None) -> int | None:
+    """Of the adapter; PEFT's default where the config names none."""
+    return None if lora is None else max([int(lora.get("r", 8)), *map(int, (lora.get("rank_pattern") or {}).values())])
+
+
+def waiting(config: Mapping[str, Any]) -> list[Finding]:
+    """Whether a server that hangs is given up, with a sentence, before the ranks give one another up without any."""
+    name, given = _rollout(config)
+    if name != "VLLMServerRollout" or ranks(config) == 1:
+        return []
+    strategy = (config.get("trainer") or {}).get("strategy")
+    asked = (strategy.get("init_args") or {}).get("timeout") if isinstance(strategy, dict) else None
+    try:
+        server, group = float(given.get("timeout_s", TIMEOUT_S)), GROUP_TIMEOUT_S if asked is None else _seconds(asked)
+    except ValueError:
+        return [Finding("timeout", f"trainer.strategy's timeout is {asked!r}", "write it like 0:30:00")]
+    says = f"a server that hangs is given up after {server:g} s, a rank after {group:g} s"
+    remedy = f"set rollout.timeout_s below {group:g}, or trainer.strategy's timeout above {server:g} s"
+    return [Finding("timeout", says, "" if server < group else remedy)]
+
+
+def _seconds(value: Any) -> float:
+    """Of a timedelta as configs write it: ``h:m:s``, after ``d days,`` or not; YAML itself makes seconds of some."""
+    days, _, clock = str(value).rpartition(", ")
+    seconds = 0.0
+    for part in clock.split(":"):
+        seconds = 60 * seconds + float(part)
+    return seconds + (86400 * float(days.split()[0]) if days else 0.0)
 
 
 def ranks(config: Mapping[str, Any]) -> int:
@@ -201,7 +222,7 @@ def batches(config: Mapping[str, Any]) -> Finding:
 def memory(config: Mapping[str, Any]) -> Finding:
     """What one rank needs for a policy that samples, and what vLLM takes beside it."""
     model = (config.get("model") or {}).get("init_args") or {}
-    policy, spec = model.get("policy"), model.get("rollout") or {}
+    policy = model.get("policy")
     if policy is None:
         return Finding("memory", "estimated by the study itself when it starts: there is no policy")
     if isinstance(policy, str) and not _config_is_here(policy, model.get("revision")):
@@ -213,16 +234,19 @@ def memory(config: Mapping[str, Any]) -> Finding:
     except ValueError as error:
         return Finding("memory", f"not estimated: {error}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    free, needed = available_memory(device), at_most(parts)
-    listed = ", ".join(f"{name} {part / GIB:.1f}" for name, part in parts.items())
-    if str(spec.get("class_path", "")).endswith("VLLMRollout"):
-        share = float({**spec, **(spec.get("init_args") or {})}.get("gpu_memory_utilization", 0.3))
-        engine = int(share * (torch.cuda.mem_get_info()[1] if device.type == "cuda" else free))
-        needed, listed = needed + engine, f"{listed}, vLLM {engine / GIB:.1f}"
+    free = available_memory(device)
+    parts |= engine_memory(config, torch.cuda.mem_get_info()[1] if device.type == "cuda" else free)
+    needed, listed = at_most(parts), ", ".join(f"{name} {part / GIB:.1f}" for name, part in parts.items())
     says = f"at most {needed / GIB:.1f} GiB on a rank with {size.rollouts} rollouts ({listed}); {free / GIB:.1f} GiB are free here"
     return Finding(
         "memory", says, "" if needed < free else "lower micro_batch_size, use lora or bfloat16, or sample with VLLMServerRollout"
     )
+
+
+def engine_memory(config: Mapping[str, Any], total: int) -> dict[str, int]:
+    """Bytes that an engine inside the process takes of a device with ``total``, asleep or not, as a part of the estimate; empty without."""
+    name, given = _rollout(config)
+    return {"vLLM": int(float(given.get("gpu_memory_utilization", 0.3)) * total)} if name == "VLLMRollout" else {}
 
 
 def _config_is_here(policy: str, revision: str | None) -> bool:

@@ -34,12 +34,20 @@ class RolloutSize:
         micro: Sequences per gradient pass.
         prompt: Longest prompt in tokens.
         completion: Longest completion in tokens.
+        token_budget: Most completion tokens per gradient pass, where a longer one goes alone; None = as many as ``micro`` rows have.
     """
 
     rollouts: int
     micro: int
     prompt: int
     completion: int
+    token_budget: int | None = None
+
+    @property
+    def scored(self) -> int:
+        """Most completion tokens of one gradient pass. Rows are not fewer for a budget: short ones fit it in any number up to ``micro``."""
+        tokens = self.micro * self.completion
+        return tokens if self.token_budget is None else min(tokens, max(self.token_budget, self.completion))
 
 
 def meta_model(policy: str | Mapping[str, Any], dtype: torch.dtype, lora: Mapping[str, Any] | None) -> nn.Module:
@@ -63,7 +71,12 @@ def meta_model(policy: str | Mapping[str, Any], dtype: torch.dtype, lora: Mappin
 
 
 def policy_memory(
-    model: nn.Module, size: RolloutSize, trainable: list[str] | None = None, reference: bool = False, merged: bool = False
+    model: nn.Module,
+    size: RolloutSize,
+    trainable: list[str] | None = None,
+    reference: bool = False,
+    merged: bool = False,
+    samples: bool = True,
 ) -> dict[str, int]:
     """Bytes by what they are for.
 
@@ -73,6 +86,7 @@ def policy_memory(
         trainable: Patterns of the trained parameters, where there is no adapter; None = all.
         reference: A frozen copy is kept (without an adapter: for a KL term, or for drift).
         merged: A copy with the adapter folded in is kept for sampling.
+        samples: The model itself samples, with a cache of a whole rollout batch; False = another engine does.
     """
     parameters = {id(p): (name, p) for name, p in model.named_parameters()}.values()
     config: Any = cast(Any, model).config.get_text_config()
@@ -84,14 +98,14 @@ def policy_memory(
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    tokens = size.micro * (size.prompt + size.completion)
+    tokens = size.micro * size.prompt + size.scored
     return {
         "weights": weights * (1 + reference + merged),
         "gradients": trained,
         "optimizer": 2 * trained,
-        "cache of a rollout batch": 2 * item * size.rollouts * (size.prompt + size.completion) * layers * heads * width,
+        "cache of a rollout batch": samples * 2 * item * size.rollouts * (size.prompt + size.completion) * layers * heads * width,
         "activations of a microbatch": item * tokens * layers * (STATES_PER_LAYER * hidden + 3 * inner),
-        "logits of a microbatch": (item + 4 * (LOGIT_COPIES - 1)) * size.micro * size.completion * int(config.vocab_size),
+        "logits of a microbatch": (item + 4 * (LOGIT_COPIES - 1)) * size.scored * int(config.vocab_size),
     }
 
 
@@ -102,9 +116,10 @@ def describe(parts: Mapping[str, int]) -> str:
 
 
 def at_most(parts: Mapping[str, int]) -> int:
-    """Bytes at the larger of the two phases: sampling and training do not happen at once."""
-    sampling, training = parts["cache of a rollout batch"], parts["activations of a microbatch"] + parts["logits of a microbatch"]
-    return sum(parts[name] for name in ("weights", "gradients", "optimizer")) + max(sampling, training)
+    """Bytes at the larger of the two phases: sampling and training do not happen at once. Every other part is held in both."""
+    phases = (("cache of a rollout batch",), ("activations of a microbatch", "logits of a microbatch"))
+    largest = max(sum(parts[name] for name in phase) for phase in phases)
+    return largest + sum(size for name, size in parts.items() if not any(name in phase for phase in phases))
 
 
 def estimate(tree: Mapping[str, Any], ranks: int) -> str:
@@ -134,8 +149,10 @@ def needs(tree: Mapping[str, Any], ranks: int) -> tuple[RolloutSize, dict[str, i
         micro=int(model.get("micro_batch_size") or rollouts),
         prompt=int(data.get("max_prompt_tokens") or 1536),
         completion=int(model.get("max_new_tokens", 512)),
+        token_budget=None if model.get("token_budget") is None else int(model["token_budget"]),
     )
     lora = model.get("lora")
     copies = lora is None and (float(model.get("beta", 0)) > 0 or bool(model.get("eval_drift")))
     built = meta_model(model["policy"], dtype, lora)
-    return size, policy_memory(built, size, model.get("trainable"), copies, bool(model.get("merge_adapter")))
+    samples = not model.get("rollout")
+    return size, policy_memory(built, size, model.get("trainable"), copies, bool(model.get("merge_adapter")), samples)
