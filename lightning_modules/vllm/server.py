@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -12,12 +13,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from theodolite.shard_work import agreed
-from theodolite.vllm_server import VLLMServer, VLLMServerError, serve_command
+from theodolite.vllm_server import CONNECT_TIMEOUT_S, TIMEOUT_S, VLLMServer, VLLMServerError, serve_command
 
 from ..decoding import Sampling
 from .agreement import Drawn
 from .engine import Push, VLLMEngine
 from .weights import base_model, write_weights
+
+OLDEST = (0, 32)
+"""The first vLLM whose routes these are."""
 
 
 class VLLMServerRollout(VLLMEngine):
@@ -40,8 +44,8 @@ class VLLMServerRollout(VLLMEngine):
     def __init__(
         self,
         url: str,
-        timeout_s: float = 1800.0,
-        connect_timeout_s: float = 20.0,
+        timeout_s: float = TIMEOUT_S,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
         concurrency: int = 256,
         served_model: str | None = None,
         push: Push = "auto",
@@ -58,13 +62,14 @@ class VLLMServerRollout(VLLMEngine):
         # unique to this run: a server that outlives it may hold adapters of another one
         self._token = uuid.uuid4().hex[:8]
         self._name: str | None = None
+        self._base_version = ""
         self._path: Path | None = None
 
     def setup(self, model: nn.Module, end_ids: Sequence[int], pad_id: int, folder: Path | None = None) -> None:
         """As :meth:`~.engine.VLLMEngine.setup`; the server must be there and serve this policy.
 
         Raises:
-            VLLMServerError: It does not answer within ``connect_timeout_s``, or serves another model.
+            VLLMServerError: It does not answer within ``connect_timeout_s``, serves another model, or is too old.
         """
         super().setup(model, end_ids, pad_id, folder)
         config = base_model(model).config
@@ -73,6 +78,12 @@ class VLLMServerRollout(VLLMEngine):
         self.server.command = serve_command(
             source or "<folder of the policy>", dtype, self._rank, None, getattr(config, "_commit_hash", None)
         )
+        version = self.server.version()
+        if not supported(version):
+            raise VLLMServerError(
+                f"The server at {self.server.url} is vLLM {version}, and {OLDEST[0]}.{OLDEST[1]} or newer is needed; install that "
+                f"and start {self.server.command}."
+            )
         name, card = next(iter(self.server.models().items()))
         if source and str(card.get("root")) != source:
             raise VLLMServerError(
@@ -80,22 +91,24 @@ class VLLMServerRollout(VLLMEngine):
                 "or say rollout.served_model."
             )
         self._base, self.max_model_len = name, int(card["max_model_len"])
-        rank_zero_info(f"rollouts from vLLM {self.server.version()} at {self.server.url}; to start it again: {self.server.command}")
+        rank_zero_info(f"rollouts from vLLM {version} at {self.server.url}; to start it again: {self.server.command}")
 
     def _longest(self) -> int:
         assert self.max_model_len is not None
         return self.max_model_len
 
     def _send(self, version: int, prompt: Sequence[int], bind: bool) -> None:
-        def send() -> tuple[str | None, Any]:
+        def send() -> tuple[str | None, str, Any]:
             self._send_and_check(version, prompt, bind)
-            return self._name, self.agreement
+            return self._name, self._base_version, self.agreement
 
-        self._name, self.agreement = agreed(send)
+        self._name, self._base_version, self.agreement = agreed(send)
 
     def _put(self, name: str) -> None:
         name = f"theodolite-{self._token}-{name}"
         before, old_path = self._name, self._path
+        if before is None:
+            self._start_afresh()
         if self._by_adapter:
             self._path = self._write_adapter(name)
             self.server.load_adapter(name, str(self._path))
@@ -108,6 +121,13 @@ class VLLMServerRollout(VLLMEngine):
         if old_path is not None:
             shutil.rmtree(old_path, ignore_errors=True)
 
+    def _start_afresh(self) -> None:
+        """Note the base weights, and delete what an earlier attempt at this run left in its folder when it was ended."""
+        self._base_version = self.server.weight_version()
+        if self._given_folder is None:  # a folder of one's own choice may hold what another run is using
+            for left in self.folder.glob("theodolite-*"):
+                shutil.rmtree(left, ignore_errors=True)
+
     def _reset_prefix_cache(self) -> None:
         self.server.reset_prefix_cache()
 
@@ -116,11 +136,13 @@ class VLLMServerRollout(VLLMEngine):
         model = self._name if self._by_adapter else self._base
         bodies = [self._body(prompt, seed, sampling, ends) | {"model": model} for prompt, seed in requests]
         choices = self.server.complete(bodies)
+        self._check_weights()  # nor were they replaced meanwhile
         return [self._drawn(choice, prompt) for choice, (prompt, _) in zip(choices, requests, strict=True)]
 
     def _check_weights(self) -> None:
         """A server that was started anew has its own weights again; an adapter would be missed by name, full weights would not."""
-        held = self._name in self.server.models() if self._by_adapter else self.server.weight_version() == self._name
+        held = self.server.weight_version() == (self._base_version if self._by_adapter else self._name)
+        held = held and (not self._by_adapter or self._name in self.server.models())
         if not held:
             raise VLLMServerError(
                 f"The server at {self.server.url} no longer holds the weights {self._name}: it was started anew, or another run uses it. "
@@ -150,9 +172,7 @@ class VLLMServerRollout(VLLMEngine):
     def _drawn(self, choice: dict[str, Any], prompt: tuple[int, ...]) -> Drawn:
         ids, log_probs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if ids is None or log_probs is None:
-            raise VLLMServerError(
-                f"The server at {self.server.url} returns no token ids or log-probabilities; it needs vLLM 0.22 or newer."
-            )
+            raise VLLMServerError(f"The server at {self.server.url} gives no token ids or log-probabilities; start {self.server.command}.")
         if choice.get("prompt_token_ids") not in (None, list(prompt)):
             raise VLLMServerError(f"The server at {self.server.url} changed a prompt's token ids; does it add tokens of its own?")
         values = tuple(float("nan") if value is None else float(value) for value in log_probs)
@@ -176,3 +196,9 @@ class VLLMServerRollout(VLLMEngine):
             except VLLMServerError as error:  # the run is over, and the server may be gone before it
                 rank_zero_info(f"{error}")
         shutil.rmtree(path, ignore_errors=True)
+
+
+def supported(version: str) -> bool:
+    """Whether a server of this version has the routes that are called; one that does not say a number has not been tried."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and (int(found[1]), int(found[2])) >= OLDEST
