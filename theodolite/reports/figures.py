@@ -1,6 +1,7 @@
 """The figure: rates against step, and where every run ends. The same files give the same bytes.
 
-Mean over seeds as a thick line, every seed as a thin one, controls dashed; the last panel has one point per run and a large one per arm.
+Mean over seeds as a thick line, one standard deviation over seeds as a band, controls dashed; the last panel has one point per run and a
+large one per arm.
 """
 
 from __future__ import annotations
