@@ -71,18 +71,19 @@ def test_steering_by_weights_reaches_the_sampler_and_steering_by_hooks_is_refuse
     module: Any = sampling_module(served[1], folder)
     module._trainer = SimpleNamespace(global_step=0, default_root_dir=tmp_path)
     module.configure_model()
-    before = module.complete(["def solve", "x"], 2, 0)
+    before = module.complete(["def solve"], 2, 0)
     train_a_little(module.causal_lm, 1, 0.3)
     with pytest.raises(RuntimeError, match="The policy changed after the sampler was given its weights"):
         module.engine.generate([(5, 6)], Sampling(2), [[1]])
-    moved = module.complete(["def solve", "x"], 2, 0)
+    moved = module.complete(["def solve"], 2, 0)
     with pytest.raises(ValueError, match="does not run those"), added_to_layers(module, {}, 1.0):
         pass
     module.engine = HFRollout()
     module.engine.setup(module.causal_lm, module.end_ids, module.pad_id)
-    assert moved == module.complete(["def solve", "x"], 2, 0) != before
+    assert moved == module.complete(["def solve"], 2, 0) != before
 
 
+@pytest.mark.slow
 def test_a_policy_has_not_drifted_from_itself_where_the_sampler_reports_truncated_log_probs(
     served: tuple[FakeVLLM, str], folder: Path, tmp_path: Path
 ) -> None:
