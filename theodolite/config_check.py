@@ -187,7 +187,7 @@ def known_classes(base: type) -> dict[str, type]:
     found: dict[str, type] = {}
     queue = [base]
     while queue:
-        for child in queue.pop().__subclasses__():
+        for child in type.__subclasses__(queue.pop()):  # asked of the metaclass: `type` itself is among the subclasses of object
             if full_name(child) not in found:
                 queue.append(child)
                 found[full_name(child)] = child
