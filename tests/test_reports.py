@@ -122,7 +122,7 @@ def set_final(run: Path, **values: float | None) -> None:
 
 @pytest.fixture
 def real_pictures() -> None:
-    """Asked for by tests that look at figures; all others make do with placeholders, which take no time."""
+    """Asked for by tests that look at figures; all others make do with empty files, which take no time."""
 
 
 @pytest.fixture(autouse=True)

@@ -91,7 +91,7 @@ def log_window(module: Any, sums: Sequence[Sums], lr: float, loads: tuple[float,
 
 
 def write_table(module: Any, window: Window, verdicts: Sequence[Verdict]) -> None:
-    """Write every rank's rollouts of a window to ``completions/step_XXXXXX.parquet`` and to loggers that take tables.
+    """Write every rank's rollouts of a window to ``completions/step_<step>.parquet`` and to loggers that take tables.
 
     Columns are those of an evaluation's table and what training needs to replay a rollout: token ids, sampler log-probabilities, weight
     version, source, the value after shaping, the advantage, and what callbacks measured (``feature/...``).
