@@ -136,8 +136,8 @@ bench-transcoder: setup venv-coders ## a sparse coder's step beside sparsify, SA
 demo-transcoder: setup ## nested transcoders on the right and the wrong site: runs/demo_transcoder/report/index.html
 	@$(RUN) -m theodolite.demo_transcoder
 
-demo-decomposition: setup ## decompose a toy model with 3 seeds and attack it: runs/demo-decomposition/report/index.html
-	@$(RUN) -m theodolite.decomposition_demo --out runs/demo-decomposition
+demo-decomposition: setup ## decompose a toy model with 3 seeds and attack it: runs/demo_decomposition/report/index.html
+	@$(RUN) -m theodolite.demo_decomposition --out runs/demo_decomposition
 
 demo-talkative: setup ## activations in words and back, before and after RL: runs/demo_talkative/sweep/best_of_k/
 	@$(RUN) -m theodolite.demo_talkative --out runs/demo_talkative

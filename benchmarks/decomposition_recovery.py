@@ -20,10 +20,10 @@ from typing import Any
 
 from rich.console import Console
 
-from theodolite.decomposition_demo import last_test
-from theodolite.demo import run_with_progress
+from theodolite.demo_decomposition import last_test
 from theodolite.provenance import write_json_atomic
 from theodolite.study import RUN_RECORD, Job
+from theodolite.study_progress import run_with_progress
 
 LAYERS = {
     "tms_5-2": ["tms_5-2.yaml"],

@@ -18,10 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from theodolite.experiment import study_and_report
-from theodolite.study_progress import run_with_progress
 from theodolite.sweep import end_with, sweep_parser
-
-__all__ = ["main", "run_with_progress"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +24,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from theodolite.demo import run_with_progress
 from theodolite.provenance import file_hash, write_json_atomic, write_text_atomic
 from theodolite.study import Job
+from theodolite.study_progress import print_seconds, run_with_progress
+from theodolite.sweep import end_with
 
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 STEPS = {"target": 400, "sft": 300, "grpo": 200}
@@ -57,14 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if not (options.configs / "talkative" / "k_sweep.yaml").is_file():
         parser.error(f"there is no {options.configs}/talkative/k_sweep.yaml; run from a checkout, or say where its configs are: --configs.")
-    try:
-        failures = run_demo(options, Console())
-    except KeyboardInterrupt:
-        print(f"interrupted; finished runs are kept in {options.out}, the same command continues.", file=sys.stderr)
-        sys.exit(130)
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    sys.exit(1 if failures else 0)
+    end_with(lambda: run_demo(options, Console()), options.out)
 
 
 def run_demo(options: argparse.Namespace, console: Console) -> list[str]:
@@ -179,9 +172,7 @@ def show(
         console.print(line, highlight=False)
     for check in checks:
         console.print(f"{'shown    ' if check.holds else 'NOT SHOWN'} {check.text}", highlight=False)
-    for phase, value in seconds.items():
-        console.print(f"{phase:<18} {value:7.1f} s", highlight=False)
-    console.print(f"total              {sum(seconds.values()):7.1f} s", highlight=False)
+    print_seconds(seconds, console)
     console.print(f"page: {folder / f'{RESULTS}.html'}", highlight=False)
 
 

@@ -4,7 +4,7 @@
 
     python -m theodolite.demo_transcoder --out runs/demo_transcoder
 
-On two idle CPU cores it took 174 s (limit: five minutes). Interrupted, it continues where it was. Everything it runs are ordinary configs
+On two idle CPU cores it took 171 s (limit: five minutes). Interrupted, it continues where it was. Everything it runs are ordinary configs
 through the ordinary command line: ``configs/transcoder/demo_language_model.yaml``, ``demo.yaml`` and ``arms/*.yaml``.
 """
 
@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from theodolite.demo import run_with_progress
 from theodolite.provenance import file_hash
 from theodolite.study import Job
+from theodolite.study_progress import print_seconds, run_with_progress
+from theodolite.sweep import end_with
 
 ARMS = ("corrected", "legacy", "unscaled", "plain")
 """The first is what the others are compared with."""
@@ -44,14 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if not (options.configs / "transcoder" / "demo.yaml").is_file():
         parser.error(f"there is no {options.configs}/transcoder/demo.yaml; run from a checkout, or say where its configs are: --configs.")
-    try:
-        failures = run_demo(options, Console())
-    except KeyboardInterrupt:
-        print(f"interrupted; finished runs are kept in {options.out}, the same command continues.", file=sys.stderr)
-        sys.exit(130)
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    sys.exit(1 if failures else 0)
+    end_with(lambda: run_demo(options, Console()), options.out)
 
 
 def run_demo(options: argparse.Namespace, console: Console) -> list[str]:
@@ -68,9 +61,8 @@ def run_demo(options: argparse.Namespace, console: Console) -> list[str]:
     failures = run_with_progress(sorted(jobs, key=lambda job: job.record["seed"]), options.processes, console)
     compared = time.perf_counter()
     report(jobs, options.out, console)
-    seconds = {"language model": trained - start, "arms": compared - trained, "total": time.perf_counter() - start}
-    for phase, value in seconds.items():
-        console.print(f"{phase:<15} {value:7.1f} s", highlight=False)
+    seconds = {"language model": trained - start, "arms": compared - trained, "report": time.perf_counter() - compared}
+    print_seconds(seconds, console)
     return failures
 
 

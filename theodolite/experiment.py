@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from theodolite.study_file import read_study_file
+from theodolite.study_progress import print_seconds
 from theodolite.study_timings import Timings
 from theodolite.sweep import chosen, end_with, run_study, sweep_parser, write_plan
 
@@ -96,9 +97,7 @@ def report(out: Path, timings: Timings) -> dict[str, Any]:
 def _print_results(summary: dict[str, Any], seconds: dict[str, float], out: Path, console: Console) -> None:
     for finding in summary.get("findings", []):
         console.print(f"- {finding['text']}", highlight=False, markup=False)
-    for phase, value in seconds.items():
-        console.print(f"{phase:<12} {value:7.1f} s", highlight=False)
-    console.print(f"total        {sum(seconds.values()):7.1f} s", highlight=False)
+    print_seconds(seconds, console)
     console.print(f"report: {out / 'report' / 'index.html'}", highlight=False)
 
 

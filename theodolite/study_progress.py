@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -40,6 +40,14 @@ def run_with_progress(
                     ended()
 
         return run_jobs(jobs, processes, watch, gpus)
+
+
+def print_seconds(seconds: Mapping[str, float], console: Console) -> None:
+    """Print what each phase took, and all of them together."""
+    lines = {**seconds, "total": sum(seconds.values())}
+    width = max(map(len, lines))
+    for phase, value in lines.items():
+        console.print(f"{phase:<{width}} {value:8.1f} s", highlight=False)
 
 
 def finished_line(job: Job) -> str:

@@ -2,7 +2,7 @@
 
 ``make demo-decomposition``, or::
 
-    python -m theodolite.decomposition_demo --out runs/demo-decomposition
+    python -m theodolite.demo_decomposition --out runs/demo_decomposition
 
 Trains the toy model of superposition (5 features in 2 dimensions) and its decomposition with three seeds, attacks each, and writes
 ``report/index.html`` with its figures: 102 s on two idle CPU cores. Interrupted, it continues where it was. What it runs are ordinary
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -22,9 +21,10 @@ from typing import Any
 
 from rich.console import Console
 
-from theodolite.demo import run_with_progress
 from theodolite.provenance import write_bytes_atomic, write_json_atomic, write_text_atomic
 from theodolite.study import RUN_RECORD, Job
+from theodolite.study_progress import run_with_progress
+from theodolite.sweep import end_with
 
 LAYERS = ("decomposition/tms_5-2.yaml", "decomposition/demo.yaml")
 EXPLANATIONS = {
@@ -38,27 +38,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the demo; see the module's docstring.
 
     Raises:
-        SystemExit: 1 if a run failed, 2 for wrong arguments.
+        SystemExit: 0, 1 if a run failed, 2 for wrong arguments, 130 after Ctrl-C.
     """
-    parser = argparse.ArgumentParser(prog="python -m theodolite.decomposition_demo", description="Decompose a toy model and attack it.")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo-decomposition"), help="study folder (default: runs/demo-decomposition)")
+    parser = argparse.ArgumentParser(prog="python -m theodolite.demo_decomposition", description="Decompose a toy model and attack it.")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo_decomposition"), help="study folder (default: runs/demo_decomposition)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of target, components and data (default: 0 1 2)")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="runs at once (default: one per core)")
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the configs (default: configs)")
     options = parser.parse_args(argv)
     if not (options.configs / LAYERS[0]).is_file():
         parser.error(f"there is no {options.configs / LAYERS[0]}; run from a checkout, or say where its configs are with --configs.")
+    end_with(lambda: run_demo(options, Console()), options.out)
+
+
+def run_demo(options: argparse.Namespace, console: Console) -> list[str]:
+    """Runs, page. Returns one sentence per failed run."""
     jobs = [_job(seed, options) for seed in options.seeds]
-    console = Console()
     failures = run_with_progress(jobs, options.processes, console)
-    for failure in failures:
-        print(failure, file=sys.stderr)
     if failures:
-        sys.exit(1)
+        return failures
     build_page([job.run_dir for job in jobs], options.out / "report")
     for line in summary_lines([job.run_dir for job in jobs]):
         console.print(line, highlight=False)
     console.print(f"report: {options.out / 'report' / 'index.html'}", highlight=False)
+    return []
 
 
 def _job(seed: int, options: argparse.Namespace) -> Job:
