@@ -98,8 +98,19 @@ class DistributedBatchSampler(DistributedSampler):
         order = self.order(epoch)
         for batch in range(start, len(self)):
             self._next = (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
-            rows = order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size]
-            yield rows[self.rank :: self.num_replicas]
+            yield self._share(order, batch)
+
+    def upcoming(self) -> list[int]:
+        """What the next batch will hold on this rank, in this epoch or the one after it; nothing is taken.
+
+        See :class:`theodolite.protocols.PromptPreview`.
+        """
+        epoch, batch = self._resume or self._next or (self.epoch, 0)
+        return self._share(self.order(epoch), batch)
+
+    def _share(self, order: list[int], batch: int) -> list[int]:
+        rows = order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size]
+        return rows[self.rank :: self.num_replicas]
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch and the batches already yielded in it, and the settings that the order depends on."""

@@ -27,7 +27,7 @@ from .held_out import HeldOutEvaluation, final_protocol
 from .manual import SCHEDULES, ManualModule
 from .policy import add_lora, check_policy_folder, check_precision, freeze_all_but, load_policy, load_tokenizer
 from .rollout_choice import build_engine
-from .rollouts import RolloutEngine, Sample
+from .rollouts import RolloutEngine, Sample, sample_seeds
 from .scoring import completion_log_probs, completion_states, pad_sequences, shared_prefix_log_probs, supports_shared_prefix
 from .tokenizer import train_tokenizer
 
@@ -275,7 +275,7 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
     ) -> tuple[list[tuple[int, ...]], list[list[Sample]]]:
         """Prompt ids and ``n`` completions per row; seeds are a function of (run seed, purpose, problem, sample)."""
         prompts = [self.encode_prompt(row.prompt) for row in rows]
-        seeds = [[derive_seed(self.run_seed, *purpose, row.id, i) for i in range(n)] for row in rows]
+        seeds = sample_seeds(self.run_seed, rows, n, *purpose)
         return prompts, on_every_rank(lambda: self.engine.generate(prompts, sampling, seeds))
 
     def complete(self, prompts: Sequence[str | Chat], n: int, seed: int, greedy: bool = False) -> list[list[str]]:

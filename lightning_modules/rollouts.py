@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from theodolite.protocols import PromptRow
+from theodolite.seeds import derive_seed
 
 from .continuations import Prefix
 from .decoding import Sampling, decode, evaluation_mode, uniform_streams
@@ -67,6 +71,20 @@ class RolloutEngine(Protocol):
     def teardown(self) -> None:
         """Release everything; idempotent."""
         ...
+
+
+@runtime_checkable
+class SamplesAhead(Protocol):
+    """A rollout engine with weights of its own, which can sample while the policy is trained."""
+
+    def begin(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> Future[list[list[Sample]]]:
+        """As ``generate``, in the background, with the weights of the last ``sync``; a later ``sync`` sends others only after its end."""
+        ...
+
+
+def sample_seeds(run_seed: int, rows: Sequence[PromptRow], n: int, *purpose: int | str) -> list[list[int]]:
+    """Seeds of ``n`` completions per row: each a function of (run seed, purpose, problem, sample), whatever the rank or batch."""
+    return [[derive_seed(run_seed, *purpose, row.id, i) for i in range(n)] for row in rows]
 
 
 class HFRollout:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
 from typing import Any, TypeVar, cast
 
 import torch
 
-from theodolite.distributed import gather_objects
+from theodolite.background import in_background
+from theodolite.distributed import gather_objects, on_every_rank
 from theodolite.functional.advantages import has_signal, overlong_penalty, weighted_reward
 from theodolite.protocols import Grade, PromptReserve, Reward, Rollout, TokenSequence, Verdict, Window
 
-from .gradients import Anchors, PolicyGradientModule
-from .window import cut
+from ..rollouts import Sample
+from .gradients import Anchors
+from .overlap import AheadModule
+from .window import check_reported, cut
 
 T = TypeVar("T")
 
 
-class CollectionModule(PolicyGradientModule):
+class CollectionModule(AheadModule):
     """Rollouts and rewards of a window."""
 
-    group_size: int
     reward_weights: dict[str, float] | None
     overlong_buffer: int
     refill_attempts: int
@@ -35,12 +37,19 @@ class CollectionModule(PolicyGradientModule):
             The window, its verdicts, and the anchors where they were computed while grading ran.
         """
         step = self.trainer.global_step
-        rollouts = self._draw(batch, step)
+        begun = self.sampled_ahead(batch, step)
+        rollouts = self._draw(batch, step) if begun is None else self._rollouts(batch, *begun)
+        if self.old_is_the_samplers:
+            on_every_rank(lambda: check_reported(rollouts))
+        self.sample_ahead(step)
         grades, anchors = self._grade(batch, rollouts, step)
         window = self._window(step, batch, rollouts, grades)
         if self.zero_variance == "refill":
             grades, refilled = self._refill(window, grades)
             anchors = None if refilled else anchors
+        if self.overlap_sampling:
+            ages = [step - rollout.weight_version for rollout in window.rollouts]
+            window.metrics["staleness"] = (sum(ages), len(ages))
         return window, [grade.verdict for grade in grades], anchors
 
     def _draw(self, batch: Sequence[Any], step: int, *purpose: int | str) -> list[Rollout]:
@@ -49,6 +58,9 @@ class CollectionModule(PolicyGradientModule):
             self.engine.sync(step)
             prompts, groups = self.sample(batch, self.group_size, self.sampling, "rollouts", step, *purpose)
             self.engine.offload()
+        return self._rollouts(batch, prompts, groups)
+
+    def _rollouts(self, batch: Sequence[Any], prompts: Sequence[tuple[int, ...]], groups: Sequence[Sequence[Sample]]) -> list[Rollout]:
         return [
             Rollout(
                 tokens=TokenSequence(prompts[g], sample.ids),
@@ -190,19 +202,15 @@ def beside(work: Callable[[], T], meanwhile: Callable[[], Any] | None, timeout_s
     Returns:
         What ``work`` returned, or the exception it ended with (``TimeoutError`` past the deadline), and what ``meanwhile`` returned.
     """
-    results: list[T | BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except Exception as error:  # handed to the caller, who stops all ranks with it
-            results.append(error)
-
     if meanwhile is None and timeout_s is None:
-        run()
-        return results[0], None
-    thread = threading.Thread(target=run, daemon=True, name="grading")
-    thread.start()
+        try:
+            return work(), None
+        except Exception as error:  # the caller stops all ranks with it
+            return error, None
+    future = in_background(work, "grading")
     other = meanwhile() if meanwhile is not None else None
-    thread.join(timeout_s)
-    return (results[0] if results else TimeoutError(f"no grades after {timeout_s} s")), other
+    wait([future], timeout_s)
+    if not future.done():
+        return TimeoutError(f"no grades after {timeout_s} s"), other
+    error = future.exception()
+    return (future.result() if error is None else error), other

@@ -52,6 +52,7 @@ class PolicyGradientModule(LimitedModule):
     zero_variance: str
     updates_per_window: int
     reuse_sampler_log_probs: bool
+    overlap_sampling: bool = False
     mismatch: tuple[MismatchMode, float, float] | None
     backbone: Backbone | None = None
     _reference: list[Any]
@@ -78,10 +79,10 @@ class PolicyGradientModule(LimitedModule):
         """How often each rollout stands for itself and its identical siblings; 0 for those that another stands for.
 
         On policy the ratio is 1 and the loss is linear in the advantage, so identical completions of a prompt are computed once, with
-        their mean advantage and their number as weight: exactly the same gradient. With several updates per window the clip is not linear
-        and nothing is merged. ``window.advantages`` becomes the mean over siblings.
+        their mean advantage and their number as weight: exactly the same gradient. With several updates per window, or a sampler that
+        ratios are taken against, the clip is not linear and nothing is merged. ``window.advantages`` becomes the mean over siblings.
         """
-        if self.updates_per_window > 1 or not self.linear_loss or self.mismatch is not None:
+        if self.updates_per_window > 1 or self.old_is_the_samplers or not self.linear_loss or self.mismatch is not None:
             return torch.ones(len(window.rollouts), dtype=torch.float64)
         return merged(window, self.kept(window))
 
@@ -114,8 +115,8 @@ class PolicyGradientModule(LimitedModule):
 
     @property
     def old_is_the_samplers(self) -> bool:
-        """Whether ratios are taken against what the sampler reported; with one update per window they are taken against nothing."""
-        return self.reuse_sampler_log_probs and self.updates_per_window > 1
+        """Whether ratios are taken against what the sampler reported; with one update, on policy, they are taken against nothing."""
+        return self.overlap_sampling or (self.reuse_sampler_log_probs and self.updates_per_window > 1)
 
     @property
     def beta_in_loss(self) -> float:
@@ -130,7 +131,7 @@ class PolicyGradientModule(LimitedModule):
         anchors = Anchors()
         for indices in microbatches:
             sequences = [window.rollouts[i].tokens for i in indices]
-            if self.updates_per_window > 1 and not self.reuse_sampler_log_probs:
+            if self.updates_per_window > 1 and not self.old_is_the_samplers:
                 anchors.old |= _rows(indices, sequences, self.completion_log_probs(sequences)[0])
             if self.beta_in_loss > 0:
                 anchors.reference |= _rows(indices, sequences, self.reference_log_probs(sequences))

@@ -28,16 +28,19 @@ def settled_mismatch(module: Any, given: dict[str, Any] | Literal["auto"] | None
     if isinstance(given, str) and given != "auto":
         raise ValueError(f"model.mismatch is {given!r}; give auto, null, or mode, high and perhaps low.")
     foreign, sampling = module.engine.own_numerics, module.sampling
-    if foreign and (sampling.top_p < 1 or sampling.top_k) and (module.reuse_sampler_log_probs or module.kl_estimator == "k1_reward"):
+    enters = module.reuse_sampler_log_probs or module.overlap_sampling or module.kl_estimator == "k1_reward"
+    if foreign and (sampling.top_p < 1 or sampling.top_k) and enters:
         raise ValueError(
-            "model.rollout reports log-probabilities of the truncated distribution under top_p or top_k, and reuse_sampler_log_probs and "
-            "kl_estimator=k1_reward would take them for those of the policy; set top_p to 1 and top_k to 0, or choose otherwise."
+            "model.rollout reports log-probabilities of the truncated distribution under top_p or top_k, and reuse_sampler_log_probs, "
+            "overlap_sampling and kl_estimator=k1_reward would take them for those of the policy; set top_p to 1 and top_k to 0, or "
+            "choose otherwise."
         )
     if module.old_is_the_samplers:  # ratios already are those of the policy and the sampler
         if given not in ("auto", None):
+            which = "overlap_sampling" if module.overlap_sampling else "reuse_sampler_log_probs"
             raise ValueError(
-                "model.mismatch weighs the trainer's old probabilities against the sampler's, and reuse_sampler_log_probs takes the "
-                "sampler's for both, so every weight would be 1; set one of them to null or false."
+                f"model.mismatch weighs the trainer's old probabilities against the sampler's, and {which} takes the sampler's for both, "
+                "so every weight would be 1; set one of them to null or false."
             )
         return None
     if given != "auto":

@@ -40,7 +40,7 @@ from .losses import build_loss
 from .mismatch import settled_mismatch
 from .reporting import log_window, rollout_sums, write_table
 from .self_check import check_gradient_path
-from .settings import check_reserve, check_settings
+from .settings import check_preview, check_reserve, check_settings
 from .window import REPLAYED, foreign
 
 Sums = dict[str, tuple[float, float]]
@@ -73,7 +73,7 @@ class GRPOModule(CollectionModule):
         mismatch: ``mode`` (token_tis, token_mis, sequence_tis, sequence_mis, geometric_mis), ``low`` and ``high``: correct for a sampler
             whose probabilities are not the trainer's; ``auto`` = with another ``rollout`` than the trainer's own model, ``geometric_mis``
             in [0.9, 1.1] for completions of more than 512 tokens and ``token_tis`` up to 2 for shorter ones; null = only measure.
-            With ``reuse_sampler_log_probs`` there is nothing left to correct, and ``auto`` is null.
+            With ``reuse_sampler_log_probs`` or ``overlap_sampling`` there is nothing left to correct, and ``auto`` is null.
         truncated_sampling: What to do where ``top_p`` or ``top_k`` cut what is sampled: ``refuse``, or take ratios and gradients of the
             ``untruncated`` distribution nevertheless, as most published setups do; it is another than the one that was sampled from.
         reuse_sampler_log_probs: With several updates per window, take ratios against the sampler's log-probabilities: one pass less.
@@ -83,6 +83,8 @@ class GRPOModule(CollectionModule):
         balance_ranks: On several ranks, deal groups out again before gradients are computed, so that all ranks have about as many tokens.
             The gradient stays the same; hooks on gradients see the groups that their rank computes.
         overlap_grading: Compute old and reference log-probabilities while completions are graded (in a thread).
+        overlap_sampling: Sample the next window while this one trains, with a sampler that computes elsewhere (``VLLMServerRollout``).
+            Completions are then one window old when they are learnt from, and ratios are taken against what the sampler assigned.
         grading_timeout_s: Stop the run, on all ranks, when grading one window takes longer; null = wait.
         table_every: Windows between two tables of all rollouts in ``completions/`` (and W&B, where it logs); 0 = none.
         policy_args: Everything else: see :class:`~theodolite.lightning_modules.policy_module.PolicyModule`.
@@ -112,6 +114,7 @@ class GRPOModule(CollectionModule):
         split_backward: bool = False,
         balance_ranks: bool = True,
         overlap_grading: bool = False,
+        overlap_sampling: bool = False,
         grading_timeout_s: float | None = None,
         table_every: int = 50,
         **policy_args: Any,
@@ -125,7 +128,7 @@ class GRPOModule(CollectionModule):
         self.truncated, self.zero_variance, self.refill_attempts = truncated, zero_variance, refill_attempts
         self.reuse_sampler_log_probs, self.token_budget, self.split_backward = reuse_sampler_log_probs, token_budget, split_backward
         self.overlap_grading, self.grading_timeout_s, self.table_every = overlap_grading, grading_timeout_s, table_every
-        self.balance_ranks, self.truncated_sampling = balance_ranks, truncated_sampling
+        self.balance_ranks, self.truncated_sampling, self.overlap_sampling = balance_ranks, truncated_sampling, overlap_sampling
         mismatch = settled_mismatch(self, mismatch)
         check_settings(self, mismatch)
         self.mismatch = None if mismatch is None else (mismatch["mode"], float(mismatch.get("low", 0.0)), float(mismatch["high"]))
@@ -160,11 +163,14 @@ class GRPOModule(CollectionModule):
         """Switch dropout off for good: between sampling, old, new and reference log-probabilities it would be noise in every ratio.
 
         Raises:
-            TypeError: Groups without signal are to be refilled, and the data know no further prompts.
+            TypeError: Groups without signal are to be refilled, or the next window sampled ahead, and the data know no further prompts.
+            ValueError: The next window is to be sampled ahead, and epochs are cut short.
         """
         self.causal_lm.eval()
         if self.zero_variance == "refill":
-            check_reserve(getattr(cast(Any, self.trainer).train_dataloader, "sampler", None))
+            check_reserve(sampler)
+        if self.overlap_sampling:
+            check_preview(self.trainer, sampler)
 
     def _split_if_exact(self) -> None:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
@@ -172,6 +178,7 @@ class GRPOModule(CollectionModule):
         self.backbone = take_apart(self.causal_lm) if self.shared_prefix else None
         if self.backbone is None:
             path = "microbatches share prompts" if self.shared_prefix else "the padded path is used"
+        sampler = getattr(cast(Any, self.trainer).train_dataloader, "sampler", None)
             rank_zero_info(f"split_backward: not exact for this architecture; {path} instead.")
 
     def _check_ranks(self) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from theodolite.functional.importance import MISMATCH_MODES
-from theodolite.protocols import PromptReserve
+from theodolite.protocols import PromptPreview, PromptReserve
+
+from ..rollouts import SamplesAhead
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "aggregation": ("dapo", "dr_grpo", "grpo", "seq_mean_token_sum"),
@@ -48,6 +50,11 @@ def check_settings(module: Any, mismatch: dict[str, Any] | None) -> None:
             f"model.zero_variance={module.zero_variance} looks for groups whose one reward does not vary, but reward_mix=gdpo trains on "
             "every component apart; set zero_variance to skip, or reward_mix to sum."
         )
+    if module.overlap_sampling and not isinstance(module.engine, SamplesAhead):
+        raise ValueError(
+            f"model.overlap_sampling needs a sampler with weights of its own that computes elsewhere, and {type(module.engine).__name__} "
+            "does not sample while the policy trains; set model.rollout to VLLMServerRollout, or overlap_sampling to false."
+        )
     truncates = module.sampling.top_p < 1 or module.sampling.top_k > 0
     if mismatch is not None:
         _check_mismatch(mismatch, truncates)
@@ -78,4 +85,27 @@ def check_reserve(sampler: Any) -> None:
         raise TypeError(
             f"model.zero_variance=refill needs training data that can name further prompts, and a {type(sampler).__name__} cannot; give "
             "the loader a theodolite.datamodules.samplers.DistributedBatchSampler, or choose skip or drop."
+        )
+
+
+def check_preview(trainer: Any, sampler: Any) -> None:
+    """Refuse to sample ahead where nobody knows what comes next.
+
+    Args:
+        trainer: Whose epochs must end with the data.
+        sampler: Of the training loader.
+
+    Raises:
+        TypeError: The sampler is no :class:`~theodolite.protocols.PromptPreview`.
+        ValueError: ``limit_train_batches`` cuts epochs short, and the next batch is another one than the sampler says.
+    """
+    if not isinstance(sampler, PromptPreview):
+        raise TypeError(
+            f"model.overlap_sampling needs training data that can say what comes next, and a {type(sampler).__name__} cannot; give the "
+            "loader a theodolite.datamodules.samplers.DistributedBatchSampler, or set it to false."
+        )
+    if trainer.num_training_batches < len(cast(Any, sampler)) and not trainer.fast_dev_run:
+        raise ValueError(
+            f"trainer.limit_train_batches={trainer.limit_train_batches} cuts epochs short, and model.overlap_sampling would sample prompts "
+            "that never come; leave limit_train_batches out and set max_steps, or set overlap_sampling to false."
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from theodolite.functional.advantages import has_signal
-from theodolite.protocols import Verdict, Window
+from theodolite.protocols import Rollout, Verdict, Window
 from theodolite.replay import foreign
 
 TruncatedPolicy = Literal["keep", "mask", "exclude"]
@@ -27,6 +27,20 @@ def counted(window: Window, truncated: TruncatedPolicy, zero_variance: ZeroVaria
         alive = has_signal(window.values, window.group_size).tolist()
         kept = [k and alive[i // window.group_size] for i, k in enumerate(kept)]
     return kept
+
+
+def check_reported(rollouts: Sequence[Rollout]) -> None:
+    """Refuse completions whose ratios would be NaN.
+
+    Raises:
+        ValueError: The sampler reported no log-probability for a token.
+    """
+    for rollout in rollouts:
+        if any(value != value for value in rollout.sampler_log_probs):
+            raise ValueError(
+                f"The sampler reported no log-probability for a token of problem {rollout.problem!r}, and ratios are taken against what it "
+                "reports; set model.overlap_sampling and model.reuse_sampler_log_probs to false."
+            )
 
 
 def part_of(window: Window, i: int) -> str:

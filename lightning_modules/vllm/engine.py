@@ -6,7 +6,7 @@ import itertools
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,6 +149,12 @@ class VLLMEngine(ABC):
             ValueError: A prompt that leaves no room for ``max_new_tokens``, a temperature that vLLM would change, or as many seed lists as
                 there are prompts were not given.
         """
+        return self._prepared(prompts, sampling, seeds)()
+
+    def _prepared(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> Callable[[], list[list[Sample]]]:
+        """Whatever :meth:`generate` refuses before it asks, refused now; what is left to do does not look at the policy."""
         _ = self.model
         if self._version < 0:
             raise RuntimeError("The rollout engine was asked to generate before it was given weights; call sync first.")
@@ -168,12 +174,16 @@ class VLLMEngine(ABC):
                 f"max_model_len of {too_long + sampling.max_new_tokens} or more."
             )
         requests = [(tuple(prompt), seed) for prompt, group in zip(prompts, seeds, strict=True) for seed in group]
-        drawn = self._draw(requests, sampling, self._end_ids) if requests else []
-        for answer in drawn:
-            check_answer(answer, sampling.max_new_tokens, self._end_ids)
-        flat = [Sample(a.ids, a.log_probs, "stop" if a.finish == "stop" else "length", self._version) for a in drawn]
-        bounds = np.cumsum([0, *(len(group) for group in seeds)])
-        return [flat[a:b] for a, b in itertools.pairwise(bounds)]
+        version, ends, bounds = self._version, self._end_ids, np.cumsum([0, *(len(group) for group in seeds)])
+
+        def draw() -> list[list[Sample]]:
+            drawn = self._draw(requests, sampling, ends) if requests else []
+            for answer in drawn:
+                check_answer(answer, sampling.max_new_tokens, ends)
+            flat = [Sample(a.ids, a.log_probs, "stop" if a.finish == "stop" else "length", version) for a in drawn]
+            return [flat[a:b] for a, b in itertools.pairwise(bounds)]
+
+        return draw
 
     @abstractmethod
     def offload(self) -> None:

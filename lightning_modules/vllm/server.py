@@ -6,16 +6,20 @@ import re
 import shutil
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from theodolite.background import in_background
+from theodolite.distributed import gather_objects
 from theodolite.shard_work import agreed
 from theodolite.vllm_server import CONNECT_TIMEOUT_S, TIMEOUT_S, VLLMServer, VLLMServerError, serve_command
 
 from ..decoding import Sampling
+from ..rollouts import Sample
 from .agreement import Drawn
 from .engine import Push, VLLMEngine
 from .weights import base_model, write_weights
@@ -64,6 +68,7 @@ class VLLMServerRollout(VLLMEngine):
         self._name: str | None = None
         self._base_version = ""
         self._path: Path | None = None
+        self._ahead: Future[list[list[Sample]]] | None = None
 
     def setup(self, model: nn.Module, end_ids: Sequence[int], pad_id: int, folder: Path | None = None) -> None:
         """As :meth:`~.engine.VLLMEngine.setup`; the server must be there and serve this policy.
@@ -97,7 +102,16 @@ class VLLMServerRollout(VLLMEngine):
         assert self.max_model_len is not None
         return self.max_model_len
 
+    def begin(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> Future[list[list[Sample]]]:
+        """See :class:`~..rollouts.SamplesAhead`; refuses what ``generate`` does before anything is asked of the server."""
+        self._ahead = in_background(self._prepared(prompts, sampling, seeds), "rollouts")
+        return self._ahead
+
     def _send(self, version: int, prompt: Sequence[int], bind: bool) -> None:
+        if self._ahead is not None:  # no rank's completions may change their weights half way
+            wait([self._ahead])
+            gather_objects(None)
+
         def send() -> tuple[str | None, str, Any]:
             self._send_and_check(version, prompt, bind)
             return self._name, self._base_version, self.agreement

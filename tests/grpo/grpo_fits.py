@@ -39,6 +39,7 @@ def fit(
     logger: Any = False,
     ckpt_path: Any = None,
     precision: Any = "32-true",
+    trainer_args: dict[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[GRPOModule, Trainer]:
     module = PlainDescent(**(TINY | {"lr": 1e-2, "export": False, "seed": 3, "table_every": 0} | settings))
@@ -51,7 +52,8 @@ def fit(
         "log_every_n_steps": 1,
         "precision": precision,
     }
-    trainer = Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **quiet, **limits)  # pyright: ignore[reportArgumentType]
+    settled: dict[str, Any] = quiet | limits | (trainer_args or {})
+    trainer = Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **settled)
     trainer.fit(module, datamodule=data or TinyPrompts(), ckpt_path=ckpt_path)
     return module, trainer
 

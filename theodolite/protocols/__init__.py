@@ -13,7 +13,18 @@ of this package, each imported as ``from theodolite.protocols import NAME``:
 from .activations import ActivationBatch, ActivationRows, ActivationSource, ActivationTable, ActivationTables, NestedCoder
 from .decomposition import ComponentView, MaskedReconstruction
 from .grades import Environment, Grade, Label, Reward, Verdict
-from .policies import Chat, Completer, ContrastPair, Example, PairSource, PromptReserve, PromptRow, SequenceScorer, TokenSequence
+from .policies import (
+    Chat,
+    Completer,
+    ContrastPair,
+    Example,
+    PairSource,
+    PromptPreview,
+    PromptReserve,
+    PromptRow,
+    SequenceScorer,
+    TokenSequence,
+)
 from .talkative import Reconstructor, TalkativeAutoencoder, Verbaliser
 from .windows import OracleWindow, Rollout, Window, WindowHooks
 
@@ -35,6 +46,7 @@ __all__ = [
     "NestedCoder",
     "OracleWindow",
     "PairSource",
+    "PromptPreview",
     "PromptReserve",
     "PromptRow",
     "Reconstructor",

@@ -39,6 +39,15 @@ class PromptReserve(Protocol):
         ...
 
 
+@runtime_checkable
+class PromptPreview(Protocol):
+    """A sampler of training prompts that can say what comes next, so that its completions can be sampled beforehand."""
+
+    def upcoming(self) -> list[int]:
+        """This rank's rows of its next batch, beyond the end of an epoch too. Nothing is taken: that batch comes as it would have."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One demonstration for supervised fine-tuning.
