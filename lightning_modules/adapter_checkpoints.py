@@ -46,7 +46,7 @@ class AdapterCheckpoints(L.LightningModule):
             checkpoint["state_dict"] = without_base(checkpoint["state_dict"], self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """With an adapter, the base is the one that was built."""
+        """With an adapter, the base is the one that was built. A strategy of shards has loaded, and taken out, the weights before."""
         super().on_load_checkpoint(checkpoint)
-        if self.lora is not None and getattr(self, "model", None) is not None:
+        if self.lora is not None and getattr(self, "model", None) is not None and "state_dict" in checkpoint:
             checkpoint["state_dict"] = with_base(checkpoint["state_dict"], self)

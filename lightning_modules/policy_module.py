@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +20,15 @@ from theodolite.distributed import on_every_rank
 from theodolite.protocols import Chat, Environment, TokenSequence
 from theodolite.seeds import derive_seed, run_seed
 
-from .adapter_checkpoints import AdapterCheckpoints
 from .decoding import Sampling
+from .export import export_policy
 from .held_out import HeldOutEvaluation, final_protocol
 from .manual import SCHEDULES, ManualModule
 from .policy import add_lora, check_policy_folder, check_precision, freeze_all_but, load_policy, load_tokenizer
 from .rollout_choice import build_engine
 from .rollouts import RolloutEngine, Sample, sample_seeds
 from .scoring import completion_log_probs, completion_states, pad_sequences, shared_prefix_log_probs, supports_shared_prefix
+from .sharded_weights import ShardedWeights
 from .tokenizer import train_tokenizer
 
 
@@ -36,7 +36,7 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-class PolicyModule(AdapterCheckpoints, ManualModule):
+class PolicyModule(ShardedWeights, ManualModule):
     """A causal language model that can be evaluated as an answerer of problems.
 
     Subclasses add how it is trained, with manual optimisation. The model is built in ``configure_model``, after every config has been
@@ -222,10 +222,6 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
             )
         return environment
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """Parameters that are optimised, in the model's order."""
-        return [p for p in self.causal_lm.parameters() if p.requires_grad]
-
     def configure_optimizers(self) -> Any:
         """AdamW on the trainable parameters, with the configured warm-up and schedule per optimizer step."""
         optimizer = AdamW(self.trainable_parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
@@ -260,7 +256,7 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
 
     def _log_probs(self, model: nn.Module, sequences: Sequence[TokenSequence], temperature: float | None = None) -> tuple[Tensor, Tensor]:
         temperature = self.sampling.temperature if temperature is None else temperature
-        if self.shared_prefix:
+        if self.shared_prefix and not self.in_shards:  # in shards, all ranks make as many passes, and this path makes one or two
             return shared_prefix_log_probs(model, sequences, self.pad_id, self.device, temperature)
         batch = pad_sequences(sequences, self.pad_id, self.device)
         return completion_log_probs(model, batch, temperature), batch.mask
@@ -268,7 +264,8 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
     def completion_states(self, sequences: Sequence[TokenSequence], layer: int) -> tuple[Tensor, Tensor]:
         """States after decoder layer ``layer`` (B, T, d) and the completion mask (B, T), without gradient."""
         batch = pad_sequences(sequences, self.pad_id, self.device)
-        return completion_states(self.causal_lm, batch, layer), batch.mask
+        with self.whole_weights():
+            return completion_states(self.causal_lm, batch, layer), batch.mask
 
     def sample(
         self, rows: Sequence[Any], n: int, sampling: Sampling, *purpose: int | str
@@ -285,10 +282,11 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
         """
         sampling = replace(self.eval_sampling, top_k=1) if greedy else self.eval_sampling
         seeds = [[derive_seed(seed, "completion", p, i) for i in range(n)] for p in range(len(prompts))]
-        self.engine.onload()
-        self.engine.sync(self.trainer.global_step)
-        groups = self.engine.generate([self.encode_prompt(prompt) for prompt in prompts], sampling, seeds)
-        self.engine.offload()
+        with self.whole_weights():
+            self.engine.onload()
+            self.engine.sync(self.trainer.global_step)
+            groups = self.engine.generate([self.encode_prompt(prompt) for prompt in prompts], sampling, seeds)
+            self.engine.offload()
         return [[self.decode(sample.ids) for sample in group] for group in groups]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -301,12 +299,14 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
             if self.lora is not None:
                 with cast(Any, self.causal_lm).disable_adapter():
                     return self._log_probs(self.causal_lm, sequences, temperature)[0]
-            return self._log_probs(self._reference[0].to(self.device), sequences, temperature)[0]
+            reference = self._reference[0] if self._sharded else self._reference[0].to(self.device)
+            return self._log_probs(reference, sequences, temperature)[0]
 
     # ------------------------------------------------------------------ held-out evaluation
 
     def on_validation_epoch_start(self) -> None:
         """Forget earlier evaluations."""
+        self.gather_weights()
         self._evaluation = HeldOutEvaluation(self)
         self.engine.sync(self.trainer.global_step)
 
@@ -326,23 +326,17 @@ class PolicyModule(AdapterCheckpoints, ManualModule):
         """Log rates over all ranks and write the completions."""
         self.engine.offload()
         self._evaluation.report("val", getattr(self._datamodule(), "val_names", None))
+        self.release_weights()
 
     def on_test_epoch_end(self) -> None:
         """Log rates over all ranks and write the completions."""
         self._evaluation.report("test", getattr(self._datamodule(), "test_names", None))
-
-    # ------------------------------------------------------------------ export
+        self.release_weights()
 
     def on_train_end(self) -> None:
         """Export the policy."""
-        if self.export and self.global_rank == 0 and not self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
-            folder = Path(self.trainer.default_root_dir) / "policy"
-            partial = folder.with_suffix(".tmp")
-            for old in (partial, folder):
-                shutil.rmtree(old, ignore_errors=True)
-            cast(Any, self.causal_lm).save_pretrained(partial)
-            self.tokenizer.save_pretrained(partial)
-            partial.rename(folder)
+        if self.export and not self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            export_policy(self, Path(self.trainer.default_root_dir) / "policy")
 
     def teardown(self, stage: str) -> None:
         """Release the sampler."""

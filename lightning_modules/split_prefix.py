@@ -57,8 +57,9 @@ def take_apart(model: nn.Module) -> Backbone | None:
         return None
     with torch.no_grad(), evaluation_mode(model):
         ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+        logits = model(input_ids=ids, use_cache=False).logits  # the whole model first: where weights lie in shards it becomes their root
         states = decoder(input_ids=ids, use_cache=False).last_hidden_state
-        if not torch.equal(model(input_ids=ids, use_cache=False).logits, head(states)):
+        if not torch.equal(logits, head(states)):
             return None
     return Backbone(decoder, head)
 

@@ -67,7 +67,7 @@ def examine(args: Sequence[str]) -> int:
     config = merged(read_layers(args))
     found = [machine(), *gpus(config), versions(), sandbox()]
     if config:
-        found += [vllm(config), *waiting(config), batches(config), memory(config)]
+        found += [vllm(config), *waiting(config), *shards(config), batches(config), memory(config)]
     for finding in found:
         print(finding)
     wrong = sum(bool(finding.remedy) for finding in found)
@@ -184,6 +184,20 @@ def _seconds(value: Any) -> float:
     for part in clock.split(":"):
         seconds = 60 * seconds + float(part)
     return seconds + (86400 * float(days.split()[0]) if days else 0.0)
+
+
+def shards(config: Mapping[str, Any]) -> list[Finding]:
+    """Whether a strategy that shards weights is told to, and nothing beside it wants them whole elsewhere."""
+    strategy = (config.get("trainer") or {}).get("strategy")
+    path, given = (strategy.get("class_path"), strategy.get("init_args") or {}) if isinstance(strategy, dict) else (strategy, {})
+    if str(path).rpartition(".")[2] != "ModelParallelStrategy":
+        return []
+    wanted = {"data_parallel_size": str(ranks(config)), "tensor_parallel_size": "1", "save_distributed_checkpoint": "false"}
+    wrong = [f"{key} to {value}" for key, value in wanted.items() if str(given.get(key)).lower() != value]
+    name, _ = _rollout(config)
+    remedies = [f"set trainer.strategy's {' and '.join(wrong)}"] if wrong else []
+    remedies += [f"take {name} out: it cannot be given weights in shards"] if name else []
+    return [Finding("shards", f"weights and moments over {given.get('data_parallel_size', 'auto')} ranks (FSDP2)", "; ".join(remedies))]
 
 
 def ranks(config: Mapping[str, Any]) -> int:

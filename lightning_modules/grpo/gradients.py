@@ -10,13 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from theodolite.distributed import gather_objects, sum_gradients
+from theodolite.distributed import gather_objects
 from theodolite.functional.importance import MismatchMode, mismatch_log_ratio, mismatch_statistics, mismatch_weights
 from theodolite.functional.policy_loss import WindowTotals, kl_penalty, log_ratio, token_weights
 from theodolite.out_of_memory import is_out_of_memory, release_memory
 from theodolite.protocols import TokenSequence, Verdict, Window
 
 from ..evaluation import add_sums
+from ..sharded_weights import OUT_OF_MEMORY_IN_SHARDS
 from ..split_prefix import Backbone, SplitPrefix
 from .hooks import call_window_hook, measures_parts
 from .limits import LimitedModule
@@ -143,10 +144,7 @@ class PolicyGradientModule(LimitedModule):
     @torch.no_grad()
     def reference_log_probs(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """(B, T) log-probabilities under the reference policy: the adapter switched off, or the frozen copy."""
-        if self.lora is not None:
-            with cast(Any, self.causal_lm).disable_adapter():
-                return self._log_probs(self.causal_lm, sequences)[0]
-        return self._log_probs(self._reference[0].to(self.device), sequences)[0]
+        return self.base_log_probs(sequences, self.sampling.temperature)
 
     # ------------------------------------------------------------------ gradients
 
@@ -161,24 +159,24 @@ class PolicyGradientModule(LimitedModule):
         by_part: bool,
     ) -> Sums:
         """The window's gradient in ``p.grad``, summed over ranks; every part alone goes past ``on_part_gradients`` first if wanted."""
-        parameters = self.trainable_parameters()
+        whole = self.backbone is not None
         if not by_part:
-            sums = self.accumulate(window, microbatches, totals, repeats, anchors, verdicts)
-            sum_gradients(parameters)
-            return sums
+            with self.gradients_over_ranks(whole):
+                return self.accumulate(window, microbatches, totals, repeats, anchors, verdicts)
         own = {part_of(window, i) for i in range(len(window.rollouts))}
         total: list[Tensor] | None = None
         found: list[Sums] = []
         for part in sorted(set().union(*gather_objects(own))):
             mine = [m for m in microbatches if part_of(window, m[0]) == part]
-            found.append(self.accumulate(window, mine, totals, repeats, anchors, verdicts))
-            sum_gradients(parameters)
+            with self.gradients_over_ranks(whole):
+                found.append(self.accumulate(window, mine, totals, repeats, anchors, verdicts))
             self._hook("on_part_gradients", window, verdicts, part)
+            parameters = self.trainable_parameters()
             grads = [cast(Tensor, p.grad) for p in parameters]
             total = grads if total is None else [a + b for a, b in zip(total, grads, strict=True)]
             for parameter in parameters:
                 parameter.grad = None
-        for parameter, gradient in zip(parameters, total or [], strict=bool(total)):
+        for parameter, gradient in zip(self.trainable_parameters(), total or [], strict=bool(total)):
             parameter.grad = gradient
         return add_sums(found)
 
@@ -212,6 +210,8 @@ class PolicyGradientModule(LimitedModule):
             try:
                 return self._accumulate(window, microbatches, totals, repeats, anchors or Anchors(), verdicts)
             except (RuntimeError, MemoryError) as error:
+                if is_out_of_memory(error) and self.in_shards:
+                    raise RuntimeError(OUT_OF_MEMORY_IN_SHARDS) from error
                 if not is_out_of_memory(error) or max(map(len, microbatches)) == 1:
                     raise
                 message = str(error).splitlines()[0]
@@ -234,6 +234,7 @@ class PolicyGradientModule(LimitedModule):
         verdicts: Sequence[Verdict],
     ) -> Sums:
         sums: list[Sums] = []
+        idle = self.idle_passes(len(microbatches))
         for own_prompts, members in self._runs(window, microbatches):
             if self.backbone is not None:
                 self._split = self.split_prefix(self.backbone, own_prompts)
@@ -249,6 +250,8 @@ class PolicyGradientModule(LimitedModule):
                 self._split.finish(self._backward)
                 self._split = None
                 self._hook("on_microbatch_gradients", window, verdicts, part_of(window, microbatches[members[-1]][0]))
+        for _ in range(idle):
+            self._backward(0.0 * self.completion_log_probs([TokenSequence((self.pad_id,), (self.pad_id,))])[0].sum())
         return add_sums(sums)
 
     def _runs(self, window: Window, microbatches: Sequence[Sequence[int]]) -> list[tuple[list[tuple[int, ...]], list[int]]]:

@@ -22,7 +22,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -32,10 +32,11 @@ from theodolite.functional.advantages import gdpo_advantages, group_advantages
 from theodolite.protocols import Window
 
 from ..merged_adapter import check_merging
+from ..sharded_weights import check_sharding
 from ..split_prefix import take_apart
 from .balance import Share, balance
 from .collection import CollectionModule
-from .hooks import oracle_users, wants_parts
+from .hooks import measures_parts, oracle_users, wants_parts
 from .losses import build_loss
 from .mismatch import settled_mismatch
 from .reporting import log_window, rollout_sums, write_table
@@ -82,9 +83,9 @@ class GRPOModule(CollectionModule):
             only. The fastest path; an architecture for which it is not exact takes the next one, which is said at start.
         balance_ranks: On several ranks, deal groups out again before gradients are computed, so that all ranks have about as many tokens.
             The gradient stays the same; hooks on gradients see the groups that their rank computes.
-        overlap_grading: Compute old and reference log-probabilities while completions are graded (in a thread).
         overlap_sampling: Sample the next window while this one trains, with a sampler that computes elsewhere (``VLLMServerRollout``).
             Completions are then one window old when they are learnt from, and ratios are taken against what the sampler assigned.
+        overlap_grading: Compute old and reference log-probabilities while completions are graded (in a thread).
         grading_timeout_s: Stop the run, on all ranks, when grading one window takes longer; null = wait.
         table_every: Windows between two tables of all rollouts in ``completions/`` (and W&B, where it logs); 0 = none.
         policy_args: Everything else: see :class:`~theodolite.lightning_modules.policy_module.PolicyModule`.
@@ -113,8 +114,8 @@ class GRPOModule(CollectionModule):
         token_budget: int | None = None,
         split_backward: bool = False,
         balance_ranks: bool = True,
-        overlap_grading: bool = False,
         overlap_sampling: bool = False,
+        overlap_grading: bool = False,
         grading_timeout_s: float | None = None,
         table_every: int = 50,
         **policy_args: Any,
@@ -137,11 +138,19 @@ class GRPOModule(CollectionModule):
 
     # ------------------------------------------------------------------ start
 
+    def setup(self, stage: str) -> None:
+        """Refuse what weights in shards cannot do, before any are built."""
+        super().setup(stage)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            check_sharding(self, [type(c).__name__ for c in cast(Any, self.trainer).callbacks if measures_parts([c])])
+
     def configure_model(self) -> None:
         """Build the policy, and the reference it starts from: before a checkpoint can replace the weights."""
         super().configure_model()
         if self.beta > 0 and self.lora is None and not self._reference:
             self._reference.append(copy.deepcopy(self.causal_lm).requires_grad_(False).eval())
+        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy) and not self._sharded:
+            self.shard(self.causal_lm, *self._reference)
 
     def on_fit_start(self) -> None:
         """Split the global batch, choose the gradient path, and say who may see the oracle's labels."""
@@ -167,6 +176,7 @@ class GRPOModule(CollectionModule):
             ValueError: The next window is to be sampled ahead, and epochs are cut short.
         """
         self.causal_lm.eval()
+        sampler = getattr(cast(Any, self.trainer).train_dataloader, "sampler", None)
         if self.zero_variance == "refill":
             check_reserve(sampler)
         if self.overlap_sampling:
@@ -175,18 +185,20 @@ class GRPOModule(CollectionModule):
     def _split_if_exact(self) -> None:
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise ValueError("model.split_backward does not work with a gradient scaler; use bf16 precision, or set it to false.")
-        self.backbone = take_apart(self.causal_lm) if self.shared_prefix else None
+        with self.whole_weights():
+            self.backbone = take_apart(self.causal_lm) if self.shared_prefix else None
         if self.backbone is None:
-            path = "microbatches share prompts" if self.shared_prefix else "the padded path is used"
-        sampler = getattr(cast(Any, self.trainer).train_dataloader, "sampler", None)
+            path = "microbatches share prompts" if self.shared_prefix and not self._sharded else "the padded path is used"
             rank_zero_info(f"split_backward: not exact for this architecture; {path} instead.")
 
     def _check_ranks(self) -> None:
         strategy = self.trainer.strategy
-        if isinstance(strategy, ParallelStrategy) and type(strategy).__name__ not in ("DDPStrategy", "SingleDeviceStrategy"):
+        known = ("DDPStrategy", "SingleDeviceStrategy", "ModelParallelStrategy")
+        if isinstance(strategy, ParallelStrategy) and type(strategy).__name__ not in known:
             raise ValueError(
-                f"GRPO runs on a single device or with strategy ddp: under {type(strategy).__name__} every forward pass is a collective, "
-                "but ranks decode and learn from different numbers of tokens, so they would wait for one another for ever."
+                f"GRPO runs on a single device, with ddp or with ModelParallelStrategy: under {type(strategy).__name__} every "
+                "forward pass is a collective, but ranks decode and learn from different numbers of tokens, so they would wait for one "
+                "another for ever."
             )
 
     # ------------------------------------------------------------------ one window
@@ -194,6 +206,7 @@ class GRPOModule(CollectionModule):
     def training_step(self, batch: list[Any], batch_idx: int) -> None:
         """One window: rollouts, grades, advantages, gradients, ``updates_per_window`` optimizer steps."""
         self.seconds = {}
+        self.gather_weights()
         window, verdicts, anchors = self.collect(batch)
         self._hook("on_rollouts", window, verdicts)
         verdicts = [REPLAYED if foreign(r) else verdict for r, verdict in zip(window.rollouts, verdicts, strict=True)]
@@ -241,12 +254,12 @@ class GRPOModule(CollectionModule):
 
     def _check_path_once(self, window: Window, microbatches: list[list[int]]) -> None:
         """On the run's first window with a gradient, compare the path in use with the padded one."""
-        if self._checked or not self.shared_prefix:
-            return
+        if self._checked or not self.shared_prefix or (self._sharded and self.backbone is None):
+            return  # the padded path itself is in use
         few = sorted((i for m in microbatches for i in m), key=lambda i: len(window.rollouts[i].tokens.completion_ids))
         if any(gather_objects(bool(few))):
             middle = len(few) // 2
-            with self.timed("self_check"):
+            with self.timed("self_check"), self.whole_weights():
                 check_gradient_path(self, window, few[max(0, middle - 1) : middle + 2])
             self._checked = True
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -125,9 +125,9 @@ def test_degenerate_windows_are_steps_like_any_other(tmp_path: Path, settings: d
 
 def test_sharded_strategies_are_refused_because_ranks_would_wait_for_one_another() -> None:
     module = PlainDescent(**TINY)
-    stub: Any = SimpleNamespace(strategy=object.__new__(ModelParallelStrategy))
+    stub: Any = SimpleNamespace(strategy=object.__new__(FSDPStrategy))
     module._trainer = stub
-    with pytest.raises(ValueError, match="under ModelParallelStrategy every forward pass is a collective"):
+    with pytest.raises(ValueError, match="with ddp or with ModelParallelStrategy: under FSDPStrategy every forward pass is a collective"):
         module._check_ranks()
 
 

@@ -162,15 +162,27 @@ def command(folder: Path, config_file: str) -> list[str]:
     return ["fit", f"--config={config_file}", f"--run_dir={folder}/run-{Path(config_file).stem}"]
 
 
-def two_ranks(folder: Path, lines: list[list[str]], limit_s: float = 250.0) -> list[int]:
-    """Exit codes of two processes that run command lines one after the other."""
-    with socket.socket() as probe:
+DDP = ("--trainer.strategy=ddp",)
+
+
+def free_ports(n: int) -> list[int]:
+    probes = [socket.socket() for _ in range(n)]
+    for probe in probes:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (folder / "lines.json").write_text(json.dumps([[*line, "--trainer.devices=2", "--trainer.strategy=ddp"] for line in lines]))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def two_ranks(folder: Path, lines: list[list[str]], limit_s: float = 250.0, strategy: Sequence[str] = DDP) -> list[int]:
+    """Exit codes of two processes that run command lines one after the other, each in a group of its own."""
+    ports = free_ports(len(lines))
+    runs = [[port, [*line, "--trainer.devices=2", *strategy]] for port, line in zip(ports, lines, strict=True)]
+    (folder / "lines.json").write_text(json.dumps(runs))
     kept = {key: value for key, value in os.environ.items() if key not in ("PL_GLOBAL_SEED", "THEODOLITE_RUN_DIR")}
     path = os.pathsep.join([str(HERE), str(HERE.parent), kept.get("PYTHONPATH", "")])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "0", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     ranks = []
     try:
         for rank in range(2):
@@ -256,5 +268,6 @@ def test_what_fails_or_hangs_on_one_rank_stops_both_with_the_reason(tmp_path: Pa
 
 
 if __name__ == "__main__":
-    for arguments in json.loads(Path(sys.argv[1]).read_text()):
+    for master_port, arguments in json.loads(Path(sys.argv[1]).read_text()):
+        os.environ["MASTER_PORT"] = str(master_port)
         main(arguments)
