@@ -111,7 +111,7 @@ def test_command_prints_a_line_each_and_says_by_its_exit_code_whether_a_run_woul
     assert "There is no config file 'no-such.yaml'" in capsys.readouterr().err
 
 
-META_MODEL = policy_memory.meta_model
+META_MODEL, KEPT = policy_memory.meta_model, policy_memory.kept_for_backward
 
 
 @functools.cache
@@ -120,9 +120,16 @@ def built(policy: str, dtype: torch.dtype, lora: str) -> Any:
     return META_MODEL(json.loads(policy), dtype, json.loads(lora))
 
 
+@functools.cache
+def kept(model: torch.nn.Module, rows: int, tokens: int) -> int:
+    """Likewise."""
+    return KEPT(model, rows, tokens)
+
+
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_rank_needs_nine_tenths_of_the_device_a_trainer_config_is_for_at_most(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy_memory, "meta_model", lambda policy, dtype, lora: built(json.dumps(policy), dtype, json.dumps(lora)))
+    monkeypatch.setattr(policy_memory, "kept_for_backward", lambda model, rows, tokens, frozen: kept(model, rows, tokens))
     total = declared(name, "memory") * 2**30
     without = stack(name)
     for layers in (without, [*without[:-1], "configs/grpo/vllm.yaml", name]):

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tiny_policies import tokenizer
 
 from theodolite.cli import main
-from theodolite.policy_memory import RolloutSize, meta_model, policy_memory
+from theodolite.policy_memory import RolloutSize, kept_for_backward, meta_model, policy_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY: dict[str, dict[str, Any]] = {
@@ -39,11 +39,11 @@ def test_memory_is_counted_from_the_models_own_sizes() -> None:
     assert parts["gradients"] == 4 * adapter
     assert parts["optimizer"] == 8 * adapter
     assert parts["cache of a rollout batch"] == 2 * 2 * 6 * 15 * 2 * 1 * 16
-    assert parts["logits of a microbatch"] == 10 * 2 * 5 * 128
+    assert parts["logits of a microbatch"] == 16 * 2 * 5 * 128
     bounded = policy_memory(model, RolloutSize(rollouts=6, micro=4, prompt=10, completion=5, token_budget=12), samples=False)
     assert bounded["cache of a rollout batch"] == 0, "another engine's rollouts are not in this model's cache"
-    assert bounded["logits of a microbatch"] == 10 * 12 * 128, "a budget bounds completion tokens"
-    assert bounded["activations of a microbatch"] / parts["activations of a microbatch"] == (4 * 10 + 12) / (2 * 15), "and no prompts"
+    assert bounded["logits of a microbatch"] == 16 * 12 * 128, "a budget bounds completion tokens"
+    assert bounded["activations of a microbatch"] == kept_for_backward(model, 4, 10 + 3), "and no prompts"
     assert RolloutSize(6, 4, 10, 5, token_budget=3).scored == 5, "a longer completion goes alone"
     plain = meta_model(config, torch.float32, None)
     kept = policy_memory(plain, RolloutSize(6, 2, 10, 5), trainable=["*.layers.*_proj.weight"], reference=True)

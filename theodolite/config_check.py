@@ -33,6 +33,8 @@ class Checker:
         plain: Type by key, for the other top-level keys.
         bases: Base class of dotted keys whose annotation does not say it (``trainer.callbacks``).
         choices: Names allowed where the annotation says no more than ``str``, by dotted key.
+        parts: Class or protocol of arguments that take an instance as plain data, ``{class_path, init_args}``, by the class that takes them
+            and their name; classes by full name, since a config of another study need not import them.
         classes: Found so far: the class at each key; list entries are numbered (``trainer.callbacks[0]``).
         given: Found so far: the arguments that some layer sets, by the same keys.
         last: Found so far: the last entry of each list, which options without an index edit.
@@ -43,6 +45,7 @@ class Checker:
     plain: Mapping[str, Any]
     bases: Mapping[str, type] = field(default_factory=dict)
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    parts: Mapping[tuple[str, str], str] = field(default_factory=dict)
     classes: dict[str, type] = field(default_factory=dict)
     given: dict[str, set[str]] = field(default_factory=dict)
     last: dict[str, str] = field(default_factory=dict)
@@ -80,7 +83,17 @@ class Checker:
             self.given.setdefault(key, set()).add(name)
             if f"{key}.{name}" in self.bases and isinstance(value, list) and not str(raw_name).endswith("+"):
                 self._forget(f"{key}.{name}[")
-            self._any(f"{key}.{name}", value, types[name], layer)
+            part = self._part(owner, name)
+            if part is not None and isinstance(value, dict):
+                self._instance(f"{key}.{name}", value, part, layer)
+            else:
+                self._any(f"{key}.{name}", value, types[name], layer)
+
+    def _part(self, owner: type, name: str) -> type | None:
+        """What an argument's ``class_path`` must name, where its annotation does not say it."""
+        takers = [full_name(parent) for parent in owner.__mro__]
+        bases = [base for (taker, argument), base in self.parts.items() if argument == name and taker in takers]
+        return _import_class(bases[0], object, name) if bases else None
 
     def _forget(self, prefix: str) -> None:
         """A list that is given anew replaces what earlier layers put there."""
@@ -183,7 +196,10 @@ def fits(value: Any, annotation: Any, is_option: bool = False) -> bool:
 
 
 def known_classes(base: type) -> dict[str, type]:
-    """Every imported public subclass of ``base`` by full name."""
+    """Every imported public subclass of ``base`` by full name; of a protocol, every class of this package that has its methods."""
+    if _protocol(base):
+        own = known_classes(object).items()
+        return {name: child for name, child in own if name.startswith("theodolite.") and not _protocol(child) and _is_one(child, base)}
     found: dict[str, type] = {}
     queue = [base]
     while queue:
@@ -192,6 +208,18 @@ def known_classes(base: type) -> dict[str, type]:
                 queue.append(child)
                 found[full_name(child)] = child
     return {name: child for name, child in found.items() if not any(part.startswith("_") for part in name.split("."))}
+
+
+def _protocol(base: type) -> bool:
+    return bool(getattr(base, "_is_protocol", False))
+
+
+def _is_one(found: type, base: type) -> bool:
+    """Whether a class is a subclass of ``base``, or has the methods of that protocol; its attributes may come with an instance."""
+    if not _protocol(base):
+        return issubclass(found, base)
+    methods = [name for name, value in vars(base).items() if inspect.isfunction(value) and not name.startswith("_")]
+    return all(callable(getattr(found, name, None)) for name in methods)
 
 
 def full_name(owner: type) -> str:
@@ -211,16 +239,17 @@ def resolve_class(name: Any, base: type, where: str) -> type:
         matches = [child for child in known_classes(base).values() if child.__name__ == name]
         if len(matches) > 1:
             raise ConfigError(f"{where}: '{name}' could be {' or '.join(sorted(map(full_name, matches)))}; write the full one.")
-        if not matches and base is not object:
-            raise ConfigError(f"{where}: there is no {base.__name__} called '{name}'{_class_hint(name, base)}.")
-        return matches[0] if matches else object
+        if not matches:
+            kind = "class" if base is object else base.__name__
+            raise ConfigError(f"{where}: there is no {kind} called '{name}'{_class_hint(name, base)}.")
+        return matches[0]
     found = _import_class(name, base, where)
     if not isinstance(found, type):
         # functions that return an instance are allowed by the parser; it checks their return type
         if callable(found):
             return _as_type(found)
         raise ConfigError(f"{where}: '{name}' is {show(found)}, not a class.")
-    if base is not object and not issubclass(found, base):
+    if base is not object and not _is_one(found, base):
         raise ConfigError(f"{where}: {name} is not a {base.__name__}{_class_hint(name, base)}.")
     return found
 
@@ -246,9 +275,9 @@ def _import_class(name: str, base: type, where: str) -> Any:
 
 def _class_hint(name: str, base: type) -> str:
     """The closest known class, by its own name first: people misremember folders more often than they mistype classes."""
-    if base is object:
-        return ""
     known = known_classes(base)
+    if base is object:  # of all that is imported, this package's own
+        known = {full: child for full, child in known.items() if full.startswith("theodolite.")}
     short = {child.__name__: full for full, child in reversed(known.items())}
     close = get_close_matches(name.rpartition(".")[2], short, n=1, cutoff=0.6)
     if close:
@@ -257,7 +286,7 @@ def _class_hint(name: str, base: type) -> str:
     if closest_full:
         return f"; the closest is {closest_full[0]}"
     own = sorted(short_name for short_name, full in short.items() if full.startswith("theodolite."))
-    return f"; theodolite has {', '.join(own)}" if own else ""
+    return f"; theodolite has {', '.join(own)}" if own and base is not object else ""
 
 
 def describe(annotation: Any) -> str:

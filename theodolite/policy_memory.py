@@ -1,28 +1,30 @@
 """How much memory a GRPO run of a language model needs on one rank, from its config, before anything is loaded: ``--print_memory``.
 
 Counts bytes of what is really there: weights (twice where a frozen copy is kept), what is trained with its gradient and Adam's moments, the
-cache of one rollout batch, activations of one microbatch, and its logits. Sizes come from the model's own config, built on the meta device.
-What a framework's allocator wastes on top is not counted; leave it a tenth.
+cache of one rollout batch, activations of one microbatch, and its logits. Sizes come from the model's own config, built on the meta device,
+and activations from a forward pass there: what autograd keeps is asked of autograd. What a framework's allocator wastes on top is not
+counted; leave it a tenth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from theodolite.memory_estimate import GIB
 
-STATES_PER_LAYER = 16
-"""(tokens, width) arrays that one decoder layer keeps for its backward pass, besides its MLP's hidden states (about 3 of those)."""
-LOGIT_COPIES = 3
-"""Logits in the model's precision, in float32, and their gradient."""
+FUSED_ATTENTION = "theodolite_counted_attention"
+LOGIT_BYTES = 16
+"""Per logit where most are held: four float32 arrays while the softmax is differentiated. ``split_backward`` needs none of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,8 @@ def meta_model(policy: str | Mapping[str, Any], dtype: torch.dtype, lora: Mappin
     else:
         config = AutoConfig.for_model(**dict(policy))
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return model if lora is None else get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))  # pyright: ignore[reportArgumentType]
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()  # as it is trained: without dropout
+        return model if lora is None else get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora)).eval()  # pyright: ignore[reportArgumentType]
 
 
 def policy_memory(
@@ -92,21 +94,92 @@ def policy_memory(
     config: Any = cast(Any, model).config.get_text_config()
     weights = sum(p.numel() * p.element_size() for _, p in parameters)
     wanted = [p for name, p in parameters if p.requires_grad and (trainable is None or any(fnmatchcase(name, t) for t in trainable))]
+    frozen = [p for _, p in parameters if not any(p is other for other in wanted)]
     trained = sum(p.numel() * p.element_size() for p in wanted)  # adapters are float32 over a rounded base
     item = next(iter(parameters))[1].element_size()
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
-    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    tokens = size.micro * size.prompt + size.scored
+    longest = size.prompt + -(-size.scored // size.micro)
     return {
         "weights": weights * (1 + reference + merged),
         "gradients": trained,
         "optimizer": 2 * trained,
         "cache of a rollout batch": samples * 2 * item * size.rollouts * (size.prompt + size.completion) * layers * heads * width,
-        "activations of a microbatch": item * tokens * layers * (STATES_PER_LAYER * hidden + 3 * inner),
-        "logits of a microbatch": (item + 4 * (LOGIT_COPIES - 1)) * size.scored * int(config.vocab_size),
+        "activations of a microbatch": kept_for_backward(model, size.micro, longest, frozen),
+        "logits of a microbatch": LOGIT_BYTES * size.scored * int(config.vocab_size),
     }
+
+
+def kept_for_backward(model: nn.Module, rows: int, tokens: int, frozen: Sequence[nn.Parameter] = ()) -> int:
+    """Bytes that autograd keeps of a forward pass over padded rows, besides parameters and logits, where attention runs in a fused kernel.
+
+    Args:
+        model: On the meta device, where this costs neither memory nor products.
+        rows: Sequences.
+        tokens: Of each, padding included.
+        frozen: Parameters that get no gradient, besides those that say so themselves.
+
+    Raises:
+        ValueError: The architecture decides by values what it computes, so nothing can be counted without any.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}  # by storage: views of one tensor are kept once; held, so that no later one gets its address
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
+    positions = torch.arange(tokens, device="meta").expand(rows, tokens)
+    with _without_gradient(frozen), _fused_attention(model, keep), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        try:
+            model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)
+        except (RuntimeError, NotImplementedError) as error:
+            kind = getattr(model.config, "model_type", type(model).__name__)
+            raise ValueError(f"activations of {kind} models cannot be counted without values ({error}).") from error
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
+
+
+@contextmanager
+def _without_gradient(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, these parameters get no gradient."""
+    changed = [parameter.requires_grad_(False) for parameter in parameters if parameter.requires_grad]
+    try:
+        yield
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_()
+
+
+@contextmanager
+def _fused_attention(model: nn.Module, keep: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, attention computes nothing and keeps what a fused kernel does: queries, keys and values of all heads, its output, the mask.
+
+    On the meta device the kernel would be the one that keeps all scores. A model that attends without kernels keeps them anyhow.
+    """
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any) -> tuple[Tensor, None]:
+        rows, heads, tokens, _ = query.shape
+        out = query.new_empty(rows, tokens, heads, value.shape[-1])
+        if not (query.requires_grad or key.requires_grad or value.requires_grad):
+            return out, None
+        for part in (key, value):  # repeated over the queries' heads, where these are more
+            keep(part if part.shape[1] == heads else part.new_empty(rows, heads, *part.shape[2:]))
+        for part in (query, out, query.new_empty(rows, 1, tokens, key.shape[2])):  # each layer makes numbers of the mask
+            keep(part)
+        return out.requires_grad_(), None
+
+    config: Any = cast(Any, model).config.get_text_config()
+    before = config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS[FUSED_ATTENTION] = attend
+    try:
+        if before != "eager":
+            config._attn_implementation = FUSED_ATTENTION
+        yield
+    finally:
+        config._attn_implementation = before
+        del ALL_ATTENTION_FUNCTIONS[FUSED_ATTENTION]
 
 
 def describe(parts: Mapping[str, int]) -> str:
