@@ -37,6 +37,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from theodolite.config_check import Checker
 from theodolite.config_layers import ConfigError, closest, config_files, merged, read_layers
 from theodolite.distributed import leave_process_group
+from theodolite.launched_ranks import end_with_this_process
 from theodolite.run_logger import RunLogger
 from theodolite.run_recorder import RunRecorder
 
@@ -48,6 +49,7 @@ SUBCOMMANDS = {
     "predict": "write predictions",
 }
 DOCTOR = "look this machine over, and what a run would meet on it"
+POLICIES = "theodolite.lightning_modules"
 RUN_DIR_VARIABLE = "THEODOLITE_RUN_DIR"
 """Set by rank zero for the processes that Lightning starts, so that all agree on a default folder."""
 
@@ -166,16 +168,24 @@ class TheodoliteCLI(LightningCLI):
         return [RunLogger(self.run_dir), *(logger for logger in others if isinstance(logger, Logger))]
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run it and leave the process group; after Ctrl-C say where things are."""
+        """Run it and leave the process group; say where things are after a failure or Ctrl-C."""
         try:
             super()._run_subcommand(subcommand)
             leave_process_group()
+        except Exception as error:
+            if subcommand == "fit" and _global_rank() == 0:
+                error.add_note(f"theodolite: stopped; the run is in {self.run_dir}, {self._continuation()}.")
+            end_with_this_process(self.trainer.strategy.launcher)
+            raise
         except SystemExit as error:
             if not isinstance(error.__context__, KeyboardInterrupt):
                 raise
-            saved = sorted(Path(self.run_dir, "checkpoints").glob("**/*.ckpt"), key=lambda path: path.stat().st_mtime)
-            last = f"continue with --ckpt_path={saved[-1]}" if saved else "no checkpoint was saved yet"
-            _stop(130, f"theodolite: interrupted; the run is in {self.run_dir}, {last}." if _global_rank() == 0 else "")
+            _stop(130, f"theodolite: interrupted; the run is in {self.run_dir}, {self._continuation()}." if _global_rank() == 0 else "")
+
+    def _continuation(self) -> str:
+        """How to go on with a run that has stopped."""
+        saved = sorted(Path(self.run_dir, "checkpoints").glob("**/*.ckpt"), key=lambda path: path.stat().st_mtime)
+        return f"continue with --ckpt_path={saved[-1]}" if saved else "no checkpoint was saved yet"
 
 
 class _Parser(LightningArgumentParser):
@@ -248,6 +258,7 @@ def _checker(subcommand: str) -> Checker:
             "trainer.strategy": ["auto", *StrategyRegistry.available_strategies()],
             "trainer.accelerator": ["auto", "gpu", *ACCELERATOR_REGISTRY.available_accelerators()],
         },
+        parts={(f"{POLICIES}.policy_module.PolicyModule", "rollout"): f"{POLICIES}.rollouts.RolloutEngine"},
     )
 
 
