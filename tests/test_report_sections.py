@@ -179,6 +179,19 @@ def test_the_browser_holds_first_samples_as_inert_data(tmp_path: Path) -> None:
         assert forbidden not in SCRIPT
 
 
+def test_the_browser_follows_problems_through_the_validations_of_each_arm_s_first_seed(tmp_path: Path) -> None:
+    write(tmp_path / "s", {"method": ARMS["method"]}, seeds=(10, 11))
+    for seed, step in ((10, 6), (10, 0), (11, 0)):
+        rows = [rollout(f"v{problem}", 0, 0.5, step / 6, 0.0) for problem in range(20)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "s" / f"method-{seed}" / "rollouts" / f"step_{step:06d}_val_hinted.parquet")
+    data = rollout_data(read_study(tmp_path / "s"))
+    rows = [row for row in data["rows"] if row["place"] == "validation"]
+    assert [data["runs"][row["run"]] for row in rows] == [["method", 10]] * 24
+    assert [row["problem"] for row in rows] == [f"v{index // 2}" for index in range(24)]
+    assert [row["label"] for row in rows] == ["incorrect", "reward_hack"] * 12, "in order of steps"
+    assert sum(row["place"] == "evaluation" for row in data["rows"]) == 2 * 6
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no headless browser")
 def test_in_a_real_browser_the_page_filters_shows_text_and_reports_no_error(tmp_path: Path) -> None:

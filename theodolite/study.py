@@ -1,7 +1,8 @@
 """Runs of a study as processes: a bounded number at once, one thread each, each with its own folder, log and record.
 
-A run that has its ``run.json`` is finished and is not repeated, so an interrupted study continues where it was. Runs are kept whole or not
-at all: one that was interrupted begins again, without anything that it left.
+A run that has its ``run.json`` is finished and is not repeated, so an interrupted study continues where it was. A run that was interrupted
+goes on at its last checkpoint where the study asks for that (``theodolite/study_restart.py``); otherwise it begins again, without anything
+that it left.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from theodolite.provenance import file_hash, write_json_atomic
+from theodolite.study_restart import BEGUN, Attempt, Restart, find_restart, identity
 
 RUN_RECORD = "run.json"
 """Written last: its presence says that the run is complete."""
@@ -42,6 +44,7 @@ class Job:
         record: What ``run.json`` says beside the command and the seconds.
         test: Also run the test protocol on the trained module, in the same process.
         steps: Expected optimizer steps, for the progress bar.
+        resume: Where it was interrupted, go on at its last checkpoint.
     """
 
     run_dir: Path
@@ -49,6 +52,7 @@ class Job:
     record: dict[str, Any]
     test: bool
     steps: int
+    resume: bool = False
 
     @property
     def name(self) -> str:
@@ -67,6 +71,10 @@ class Job:
         record = json.loads(path.read_text())
         same = (record.get("args"), record.get("configs")) == (list(self.args), config_hashes(self.args))
         return same and (not self.test or _tested(record, self.run_dir))
+
+    def restart(self) -> Restart | None:
+        """Where it goes on; None = at its first step."""
+        return find_restart(self.run_dir, identity(self.args, config_hashes(self.args))) if self.resume else None
 
     def steps_done(self) -> int:
         """Training batches done, as far as they are logged."""
@@ -88,12 +96,13 @@ def config_hashes(args: Sequence[str]) -> dict[str, str]:
     return {arg: file_hash(Path(arg.removeprefix("--config="))) for arg in args if arg.startswith("--config=")}
 
 
-def run_job(job: Job, gpu: str | None = None) -> None:
+def run_job(job: Job, gpu: str | None = None, restart: Restart | None = None) -> None:
     """Run one job in this process, then exit. Output goes to the run's log.
 
     Args:
         job: What to run.
         gpu: The only GPU that it sees, as CUDA names it; None = whatever this process sees.
+        restart: Where it goes on; None = at its first step.
 
     Raises:
         SystemExit: Always; 0 when the run is complete.
@@ -102,25 +111,30 @@ def run_job(job: Job, gpu: str | None = None) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA is first used, which is in this process
     job.run_dir.mkdir(parents=True, exist_ok=True)
-    with open(job.run_dir / "log.txt", "w", encoding="utf-8") as log:
+    with open(job.run_dir / "log.txt", "w" if restart is None else "a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
-        _run(job)
+        _run(job, restart)
     except Exception:  # the process boundary: the parent sees the exit code and points at the log
+        (job.run_dir / BEGUN).unlink(missing_ok=True)
         traceback.print_exc()
         sys.exit(1)
     sys.exit(0)
 
 
-def _run(job: Job) -> None:
+def _run(job: Job, restart: Restart | None) -> None:
     from theodolite.cli import TheodoliteCLI, check_args, import_rooms
 
     start, configs = time.perf_counter(), config_hashes(job.args)
     import_rooms()
     args = [*job.args, f"--run_dir={job.run_dir}"]
-    check_args(args)
-    cli = TheodoliteCLI(args)
+    here = args if restart is None else [*args, f"--ckpt_path={restart.checkpoint}"]
+    check_args(here)
+    attempt = Attempt(job.run_dir, identity(job.args, configs), restart) if job.resume else None
+    cli = TheodoliteCLI(here)
+    if attempt is not None:
+        attempt.fitted()
     if job.test:
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     record = job.record | {
@@ -130,7 +144,9 @@ def _run(job: Job) -> None:
         "command": shlex.join(["theodolite", *args]),
         "seconds": round(time.perf_counter() - start, 3),
     }
-    write_json_atomic(job.run_dir / RUN_RECORD, record)
+    write_json_atomic(job.run_dir / RUN_RECORD, record | ({} if attempt is None else attempt.told()))
+    if attempt is not None:
+        attempt.ended()
 
 
 def visible_gpus(count: int) -> list[str]:
@@ -179,10 +195,12 @@ def run_jobs(jobs: Sequence[Job], processes: int, watch: Callable[[Sequence[Job]
         while waiting or running:
             while waiting and len(running) < processes:
                 job = waiting.pop(0)
-                clear_run(job.run_dir)
+                restart = job.restart()
+                if restart is None:
+                    clear_run(job.run_dir)
                 if names:
                     on_gpu[job.run_dir] = min(names, key=lambda gpu: [on_gpu[run] for run in running].count(gpu))
-                process = context.Process(target=run_job, args=(job, on_gpu.get(job.run_dir)), daemon=False)
+                process = context.Process(target=run_job, args=(job, on_gpu.get(job.run_dir), restart), daemon=False)
                 process.start()
                 running[job.run_dir] = (job, process)
             time.sleep(0.2)
@@ -203,7 +221,7 @@ def run_jobs(jobs: Sequence[Job], processes: int, watch: Callable[[Sequence[Job]
 
 def clear_run(run_dir: Path) -> None:
     """Remove what an unfinished run left of its results, so that nothing of it is taken for the new one's, by the report or another run."""
-    for name in (RUN_RECORD, "config.yaml", "manifest.json", "metrics.jsonl", "timings.jsonl"):
+    for name in (RUN_RECORD, BEGUN, "config.yaml", "manifest.json", "metrics.jsonl", "timings.jsonl"):
         (run_dir / name).unlink(missing_ok=True)
     for path in (*(run_dir / "rollouts").glob("*.parquet"), *(run_dir / "completions").glob("*.parquet")):
         path.unlink()

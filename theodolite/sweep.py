@@ -7,16 +7,16 @@
     theodolite-sweep STUDY.yaml --out DIR --executor slurm --slurm "--gpus 1 --time 12:00:00 --partition gpu"
     theodolite-sweep STUDY.yaml --out DIR --seeds 20 --arms vanilla oracle -- --trainer.max_steps=2
 
-The warm start comes first, then the runs; ``DIR/runs.json`` says of every run whether it is done, failed or missing; on SLURM also queued
-or running.
+The warm start comes first, then the runs; ``DIR/runs.json`` says of every run whether it is done, failed, interrupted
+or missing; on SLURM also queued or running.
 What is finished is not repeated, so the same command continues an interrupted study; a changed config, option or warm start is another run
 and is repeated. Options after ``--`` go to every run. Every run of one seed sees the same prompts in the same order.
 
 Before anything runs the study's ``report`` and its hypotheses are read as the report will read them, with the arms and measures they name.
 
 On SLURM the warm start is a job of its own that is waited for, then every run is one, of a single process on at most one GPU. The same
-command shows how far they are, leaves alone what is queued or running (``DIR/jobs.json``) and submits the rest. Only whole runs are kept:
-one that was preempted or interrupted begins again from its first step.
+command shows how far they are, leaves alone what is queued or running (``DIR/jobs.json``) and submits the rest. A run that was preempted or
+interrupted goes on at its last checkpoint (``theodolite/study_restart.py``).
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from theodolite.study import RUN_RECORD, Job, visible_gpus
 from theodolite.study_file import Arm, StudyFile, read_study_file
 from theodolite.study_progress import run_with_progress
 from theodolite.study_queue import StudyQueue
+from theodolite.study_restart import BEGUN
 from theodolite.study_timings import Timings
 from theodolite.warm_start import QUIET, cached_phases, policy_folder, warm_start
 
@@ -171,7 +172,7 @@ def _job(study: StudyFile, arm: Arm, seed: int, configs: Path, out: Path, policy
     start = [] if policy is None else [f"--model.policy={policy}"]
     args = ("fit", *(f"--config={layer}" for layer in layers), f"--seed_everything={seed}", *start, *study.options, *arm.options, *QUIET)
     record: dict[str, Any] = {"arm": arm.name, "seed": seed, "arm_title": arm.title, "note": arm.note, "config": layers}
-    return Job(out / f"{arm.name}-{seed}", args, record, test=study.test, steps=study.steps)
+    return Job(out / f"{arm.name}-{seed}", args, record, test=study.test, steps=study.steps, resume=True)
 
 
 def write_plan(study: StudyFile, out: Path) -> None:
@@ -231,7 +232,7 @@ def write_table(jobs: Sequence[Job], out: Path, unfinished: Mapping[str, str] | 
     records = []
     for job in jobs:
         log, record_file = job.run_dir / "log.txt", job.run_dir / RUN_RECORD
-        left = "failed" if log.is_file() else "missing"
+        left = "interrupted" if (job.run_dir / BEGUN).is_file() else "failed" if log.is_file() else "missing"
         state = "done" if job.done else (unfinished or {}).get(job.name, left)
         record: dict[str, Any] = {"arm": job.record["arm"], "seed": job.record["seed"], "state": state, "folder": job.name}
         record["seconds"] = json.loads(record_file.read_text(encoding="utf-8"))["seconds"] if state == "done" else None
