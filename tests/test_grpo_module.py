@@ -20,6 +20,7 @@ from theodolite.callbacks.direction_sources import HaarRandom
 from theodolite.callbacks.gradient_projection import GradientProjectionCallback
 from theodolite.lightning_modules import GRPOModule
 from theodolite.lightning_modules.grpo.hooks import oracle_users
+from theodolite.lightning_modules.split_prefix import take_apart
 from theodolite.protocols import OracleWindow, Reward, Rollout, TokenSequence, Window
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], "init_lora_weights": False}
@@ -124,8 +125,9 @@ def by_definition(module: GRPOModule) -> Tensor:
             reference = one_reference(module, ids, start)
             difference = log_probs - reference
             term = term + module.beta * difference.square() / 2  # the gradient of k2 is that of k3_is on policy
-        weight = {"dapo": 1 / sum(lengths.values()), "dr_grpo": 1 / (len(scorable) * MAX_NEW_TOKENS)}
-        share = weight.get(module.aggregation, 1 / (lengths[i] * sum(n > 0 for n in lengths.values())))
+        sequences = sum(n > 0 for n in lengths.values())
+        shares = {"dapo": 1 / sum(lengths.values()), "dr_grpo": 1 / (len(scorable) * MAX_NEW_TOKENS)}
+        share = (shares | {"grpo": 1 / (lengths[i] * sequences), "seq_mean_token_sum": 1 / sequences})[module.aggregation]
         terms.append(share * term.sum())
     found = torch.autograd.grad(torch.stack(terms).sum(), module.trainable_parameters(), allow_unused=True)
     return torch.cat(
@@ -144,18 +146,21 @@ def one_reference(module: GRPOModule, ids: Tensor, start: int) -> Tensor:
     return logits.double().log_softmax(-1)[start:-1].gather(-1, ids[0, start + 1 :, None])[:, 0]
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("beta", [0.0, 0.3])
-@pytest.mark.parametrize("aggregation", ["dapo", "dr_grpo", "grpo"])
+EVERY_SPLIT = ("one", "six", "uneven", "singles", "with an idle one", "two ranks")
+OBJECTIVES = [("dapo", 0.0, False), ("dapo", 0.3, True)]
+OBJECTIVES += [(name, *rest) for name in ("dapo", "dr_grpo", "grpo", "seq_mean_token_sum") for rest in ((0.3, False), (0.0, True))]
+
+
+@pytest.mark.parametrize(("aggregation", "beta", "lora"), OBJECTIVES)
 def test_gradient_is_the_definition_s_for_every_split_path_and_merge(aggregation: str, beta: float, lora: bool) -> None:
     settings: dict[str, Any] = {"aggregation": aggregation, "beta": beta}
     reference, losses, worst = None, [], 0.0
-    for shared_prefix in (True, False):
-        module = still("qwen3", lora, shared_prefix, **settings)
-        assert module.shared_prefix == shared_prefix
+    for path in ("padded", "shared", "split"):
+        module = still("qwen3", lora, path != "padded", **settings)
+        module.backbone = take_apart(module.causal_lm) if path == "split" else None
         reference = by_definition(module) if reference is None else reference
-        for merge in (True, False):
-            for split in ("one", "six", "uneven", "singles", "with an idle one", "two ranks"):
+        for merge, splits in ((True, EVERY_SPLIT), (False, ("uneven", "two ranks"))):
+            for split in splits:
                 found, loss = gradient(module, split, merge)
                 worst = max(worst, float((found - reference).norm() / reference.norm()))
                 losses.append(loss)

@@ -37,7 +37,7 @@ def test_window_loss_equals_a_loop_over_tokens(aggregation: str) -> None:
     assert float((weights * torch.from_numpy(losses)).sum()) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("aggregation", ["dapo", "dr_grpo", "grpo"])
+@pytest.mark.parametrize("aggregation", ["dapo", "dr_grpo", "grpo", "seq_mean_token_sum"])
 def test_weights_of_any_split_add_up_to_those_of_the_whole(aggregation: str) -> None:
     whole = token_weights(ragged_mask(LENGTHS).double(), aggregation, totals())  # pyright: ignore
     for split in ([[0], [1], [2], [3], [4]], [[0, 1, 2], [3, 4]], [[1], [0, 2, 3, 4]]):
@@ -46,7 +46,7 @@ def test_weights_of_any_split_add_up_to_those_of_the_whole(aggregation: str) -> 
         torch.testing.assert_close(torch.cat(parts), whole[order])
 
 
-@pytest.mark.parametrize("aggregation", ["dapo", "dr_grpo", "grpo"])
+@pytest.mark.parametrize("aggregation", ["dapo", "dr_grpo", "grpo", "seq_mean_token_sum"])
 def test_window_without_tokens_has_zero_weights(aggregation: str) -> None:
     assert token_weights(torch.zeros(2, 3), aggregation, WindowTotals(0, 0, 0, 3)).tolist() == [[0.0] * 3] * 2  # pyright: ignore
 
