@@ -111,7 +111,7 @@ class FakeVLLM:
         if name not in self.adapters and name != str(self.folder):
             return 404, {"error": {"message": f"The model `{name}` does not exist.", "code": 404}}
         if self.fault == "slow":
-            time.sleep(1.5)
+            time.sleep(15)
         assert body["ignore_eos"] is True
         assert body["logprobs"] == 0
         assert body["return_token_ids"] is True

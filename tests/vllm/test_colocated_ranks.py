@@ -27,7 +27,7 @@ from theodolite.cli import RUN_DIR_VARIABLE
 
 TESTS = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-pytestmark = [pytest.mark.vllm, pytest.mark.distributed, pytest.mark.timeout(580)]
+pytestmark = [pytest.mark.vllm, pytest.mark.distributed, pytest.mark.timeout(1200)]
 
 
 class Logged(Callback):
@@ -68,7 +68,7 @@ def test_engines_of_two_ranks_share_one_global_batch_and_one_policy(push: str, t
 
 
 def fit(path: str, folder: Path) -> str:
-    """What the job prints; it and its ranks are ended after ten minutes."""
+    """What the job prints; it and its ranks are ended after twenty minutes."""
     inherited = {key: value for key, value in os.environ.items() if key not in (RUN_DIR_VARIABLE, "PL_GLOBAL_SEED")}
     environment = inherited | ENVIRONMENT | {"PYTHONPATH": f"{TESTS}:{TESTS / 'vllm'}", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "theodolite", "fit", f"--config={path}", f"--run_dir={folder}/run"]
@@ -76,7 +76,7 @@ def fit(path: str, folder: Path) -> str:
     with open(log, "wb") as output:
         job = subprocess.Popen(command, env=environment, cwd=folder, stdout=output, stderr=output, start_new_session=True)
     try:
-        code = job.wait(timeout=540)
+        code = job.wait(timeout=1150)
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)

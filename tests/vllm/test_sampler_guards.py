@@ -60,7 +60,7 @@ def served(folder: Path) -> Iterator[tuple[FakeVLLM, str]]:
 
 
 def sampling_module(url: str, folder: Path, **settings: Any) -> GRPOModule:
-    rollout = {"class_path": "VLLMServerRollout", "init_args": {"url": url, "timeout_s": 20.0, "connect_timeout_s": 5.0}}
+    rollout = {"class_path": "VLLMServerRollout", "init_args": {"url": url, "timeout_s": 120.0, "connect_timeout_s": 60.0}}
     common: dict[str, Any] = {"policy": str(folder), "lora": LORA, "rollout": rollout, "max_new_tokens": 4, "seed": 1, "export": False}
     return GRPOModule(**(common | settings))
 

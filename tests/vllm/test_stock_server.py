@@ -26,7 +26,7 @@ from theodolite.lightning_modules.vllm import VLLMServerRollout
 from theodolite.protocols import TokenSequence
 from theodolite.vllm_server import VLLMServer, VLLMServerError, serve_command
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(580)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 PROMPTS = [tuple(5 + i * 7 % 250 for i in range(800)), (5, 6, 7)]
 SEEDS = [[1, 2], [3]]
 
@@ -48,14 +48,14 @@ def stock_server(folder: Path, log: Path) -> Iterator[tuple[str, subprocess.Pope
         process = subprocess.Popen(command, env=os.environ | switches | small, stdout=output, stderr=output, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{port}"
-        _await(VLLMServer(url, connect_timeout_s=2), process, log)
+        _await(VLLMServer(url, connect_timeout_s=10), process, log)
         yield url, process
     finally:
         _end(process)
 
 
 def _await(server: VLLMServer, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text(errors="replace")[-3000:]
         try:
@@ -91,7 +91,7 @@ def test_adapters_and_whole_weights_arrive_over_http_and_a_dead_server_is_named(
         gaps = {}
         for kind, lora in (("adapter", True), ("whole weights", False)):
             model = load(folder, lora)
-            sampler = VLLMServerRollout(url, timeout_s=120, connect_timeout_s=20)
+            sampler = VLLMServerRollout(url, timeout_s=300, connect_timeout_s=60)
             sampler.setup(model, [END], 0, tmp_path / kind)
             for version in range(4):
                 if version:
@@ -106,4 +106,4 @@ def test_adapters_and_whole_weights_arrive_over_http_and_a_dead_server_is_named(
         started = time.monotonic()
         with pytest.raises(VLLMServerError, match=r"No vLLM server answers at .*; start VLLM_SERVER_DEV_MODE=1"):
             sampler.generate(PROMPTS, Sampling(4), SEEDS)
-        assert time.monotonic() - started < 25
+        assert time.monotonic() - started < 60
