@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Sequence
@@ -306,3 +308,16 @@ def test_a_sampler_says_what_it_yields_next_and_is_not_moved_by_being_asked(rank
                 resumed = sampler(rank)
                 resumed.load_state_dict(asked.state_dict())
                 assert resumed.upcoming() == expected == next(iter(resumed))
+
+
+def test_ctrl_c_does_not_wait_for_what_is_done_in_the_background() -> None:
+    work = "import time; print('ready', flush=True); time.sleep(60)"
+    program = f"from theodolite.background import in_background\ndef work():\n    {work}\nin_background(work, 'slow').result()"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            child.send_signal(signal.SIGINT)
+            assert child.wait(timeout=20) != 0
+        finally:
+            child.kill()

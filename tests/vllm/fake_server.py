@@ -151,6 +151,12 @@ class FakeVLLM:
         return ids, values, "length"
 
 
+class Backlogged(ThreadingHTTPServer):
+    """Lets as many connections wait as a client opens at once; with the default of five, others are refused on a busy machine."""
+
+    daemon_threads, request_queue_size = True, 256
+
+
 @contextmanager
 def serving(fake: Answering) -> Iterator[str]:
     """Serve it on a free port of this machine; yields the address."""
@@ -182,8 +188,7 @@ def serving(fake: Answering) -> Iterator[str]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = Backlogged(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
