@@ -11,6 +11,7 @@ from theodolite.reports.arms import ArmStyle
 from theodolite.reports.formatting import NOT_MEASURED
 
 _CODE = re.compile(r"`([^`]+)`")
+_TEXT = ' class="text"'
 
 
 def inline(text: str) -> str:
@@ -29,9 +30,9 @@ def cell(text: str, *remarks: str) -> str:
     return f"<td>{shown}{''.join(f'<small>{escape(remark)}</small>' for remark in remarks if remark)}</td>"
 
 
-def table(head: Sequence[str], rows: Sequence[str]) -> str:
-    """A table that scrolls sideways on narrow screens; ``rows`` are ready ``<tr>`` elements."""
-    heads = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
+def table(head: Sequence[str], rows: Sequence[str], texts: Sequence[str] = ()) -> str:
+    """A table that scrolls sideways on narrow screens; ``rows`` are ready ``<tr>`` elements, columns named in ``texts`` hold no numbers."""
+    heads = "".join(f'<th scope="col"{_TEXT if title in texts else ""}>{escape(title)}</th>' for title in head)
     body = "\n".join(rows)
     return f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 

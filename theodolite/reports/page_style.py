@@ -41,7 +41,7 @@ figure img { width: 100%; height: auto; display: block; }
 .scroll { overflow-x: auto; margin: .8rem 0; -webkit-overflow-scrolling: touch; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .5rem .65rem; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
-td.text { text-align: left; white-space: normal; min-width: 12rem; }
+td.text { text-align: left; white-space: normal; min-width: 12rem; } thead th.text { text-align: left; }
 thead th { min-width: 4.6rem; border-bottom: 2px solid var(--line); font-weight: 600; vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 tbody th { font-weight: 400; min-width: 12.5rem; max-width: 16rem; white-space: normal; }
@@ -67,7 +67,7 @@ mark { background: var(--mark); color: inherit; box-shadow: -3px 0 0 var(--mark-
 .bars span:nth-child(3n) { font-variant-numeric: tabular-nums; text-align: right; }
 .bar { height: .7rem; border-radius: 3px; background: var(--link); opacity: .75; min-width: 2px; }
 .block { background: var(--panel); border-radius: 8px; padding: .8rem .9rem; max-height: 22rem; }
-@media (max-width: 34rem) { .findings li { grid-template-columns: 1fr; } main { padding-top: 1.6rem; } tbody th { min-width: 9.5rem;
-  max-width: 10rem; } table { font-size: .82rem; } th, td { padding: .45rem .5rem; } }
+@media (max-width: 34rem) { .findings li { grid-template-columns: 1fr; } main { padding-top: 1.6rem; } tbody th { min-width: 8.6rem;
+  max-width: 9.2rem; } table { font-size: .82rem; } th, td { padding: .45rem .5rem; } }
 @media print { details > * { display: block; } .scroll, pre { overflow: visible; max-height: none; } }
 """

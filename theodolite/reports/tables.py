@@ -77,8 +77,8 @@ def _rollouts(n: int | None) -> str:
 def _difference(item: Comparison) -> str:
     if item.mean is None:
         return f'<td><span class="absent">{inline(item.refusal)}</span></td>'
-    signs = sign_count(item).removesuffix(" seeds").removesuffix(" seed")
-    return cell(points(item.mean), interval(item), f"{signs}, n={item.n}")
+    *before, signs = sign_count(item).removesuffix(" seeds").removesuffix(" seed").split(", ")  # a line each: columns fit a phone
+    return cell(points(item.mean), interval(item), *before, f"{signs}, n={item.n}")
 
 
 def comparisons_table(study: Study) -> str:
@@ -148,11 +148,12 @@ def hypotheses_table(judgements: Sequence[Judgement]) -> str:
     rows = []
     for item in judgements:
         entry = item.hypothesis
-        head = f'<th scope="row"><b>{escape(entry.name)}</b><small>{inline(entry.claim)}</small></th>'
+        head = f'<th scope="row"><b>{escape(entry.name)}: {item.outcome}</b><small>{inline(entry.claim)}</small></th>'
         found = "" if item.mean is None else points(item.mean)
         ends = "" if item.low is None or item.high is None else f"[{points(item.low)}, {points(item.high)}]"
         asked = f'<td class="text">{inline(entry.asked)}</td>'
         outcome = f'<td class="text"><b>{item.outcome}</b><small>{inline(item.reason)}</small></td>'
         change = cell(found or NOT_MEASURED, ends, f"n={item.n}")
         rows.append(f"<tr>{head}{asked}{change}{outcome}</tr>")
-    return table(("Hypothesis", "What was asked", "Change found, points [95\N{NO-BREAK SPACE}%]", "Outcome"), rows)
+    columns = ("Hypothesis", "What was asked", "Change found, points [95\N{NO-BREAK SPACE}%]", "Outcome")
+    return table(columns, rows, texts=("What was asked", "Outcome"))
