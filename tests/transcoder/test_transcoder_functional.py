@@ -99,6 +99,11 @@ def test_sparse_forward_and_backward_equal_dense_products(prefixes: tuple[int, .
         assert torch.allclose(one, other, atol=1e-11)
 
 
+def test_a_rank_without_rows_decodes_none_of_them() -> None:
+    codes = topk_codes(torch.zeros(0, 8), 3)
+    assert decode_blocks(codes, torch.ones(8, 5), torch.tensor([4, 8])).shape == (0, 2, 5)
+
+
 def test_nothing_active_decodes_to_zero_with_zero_gradients() -> None:
     x, w, b, d, _ = random_codes(4, 8)
     codes = above_threshold(torch.zeros(4, 8, dtype=torch.float64), torch.tensor(0.0))

@@ -59,7 +59,7 @@ def decode_blocks(codes: SparseCodes, weight: Tensor, prefixes: Tensor) -> Tenso
     blocks = F.embedding_bag(codes.latents, weight.detach(), starts, mode="sum", per_sample_weights=values)
     if weight.requires_grad:
         blocks = cast(Tensor, _DecoderWeightGradient.apply(blocks, weight, values.detach(), bags, codes))
-    return blocks.view(codes.n_rows, groups, -1)
+    return blocks.view(codes.n_rows, groups, weight.shape[1])
 
 
 def decode(codes: SparseCodes, weight: Tensor) -> Tensor:
