@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from theodolite.protocols import Grade
 
 MECHANISMS = ("definition", "assignment")
@@ -93,6 +91,8 @@ def completion_row(
 
 def write_completions(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write completion rows, ordered by slot and sample, as parquet; atomically."""
+    import pandas as pd  # here: it takes 60 MiB, and a run that writes no table needs none of it
+
     path.parent.mkdir(parents=True, exist_ok=True)
     frame = pd.DataFrame(sorted(rows, key=lambda row: (row["slot"], row["sample"])))
     temporary = path.with_suffix(".tmp")

@@ -12,7 +12,7 @@ A thin layer over LightningCLI. What it adds:
 Classes may be named in full (``theodolite.callbacks.X``) or, those of this package, by their own name (``X``). A later ``--config``
 overrides an earlier one key by key; ``callbacks:`` replaces the list and ``callbacks+:`` appends to it.
 
-One exception to the rule that ``theodolite`` does not import the three rooms: this file imports them, so that short names resolve.
+One exception to the rule that ``theodolite`` does not import the three rooms: this file imports what a configuration names of them.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.fabric.accelerators import ACCELERATOR_REGISTRY
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
 
+from theodolite.atomic_checkpoints import AtomicCheckpointIO
 from theodolite.config_check import Checker
-from theodolite.config_layers import ConfigError, closest, config_files, merged, read_layers
+from theodolite.config_layers import ConfigError, Layer, closest, config_files, merged, read_layers, texts
 from theodolite.distributed import leave_process_group
 from theodolite.launched_ranks import end_with_this_process
+from theodolite.lazy_names import class_index
 from theodolite.run_logger import RunLogger
 from theodolite.run_recorder import RunRecorder
 
@@ -69,7 +72,6 @@ def main(args: list[str] | None = None) -> None:
         if "--print_memory" in args:
             _print_memory([arg for arg in args if arg != "--print_memory"])
             return
-        import_rooms()
         if args[:1] == ["doctor"]:
             _doctor(args[1:])
         check_args(args)
@@ -150,9 +152,12 @@ class TheodoliteCLI(LightningCLI):
         callbacks = [recorder, *(callbacks if isinstance(callbacks, list) else [callbacks])]
         loggers = self._loggers(settings.get("logger"))
         try:
-            return super().instantiate_trainer(default_root_dir=self.run_dir, callbacks=callbacks, logger=loggers, **kwargs)
+            trainer = super().instantiate_trainer(default_root_dir=self.run_dir, callbacks=callbacks, logger=loggers, **kwargs)
         except TypeError as error:
             raise ConfigError(f"trainer: {error}") from error
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
 
     def _config_text(self) -> str:
         """The resolved config as ``--config`` reads it back, without the folder: running it again is another run."""
@@ -200,8 +205,17 @@ class _Parser(LightningArgumentParser):
         raise ConfigError(f"{inner[1]}: {inner[2]}: {inner[3]}." if inner else text) from ex
 
 
+def import_named(layers: Sequence[Layer]) -> None:
+    """Import the modules of the three rooms that define a class which some layer names; all others stay where they are."""
+    named = {text for layer in layers for text in texts(layer.tree)}
+    for room in ROOMS:
+        for name, modules in class_index(importlib.import_module(f"theodolite.{room}")).items():
+            for module in modules if name in named else ():
+                importlib.import_module(module)
+
+
 def import_rooms() -> None:
-    """Import every module of the three rooms, so that their classes are known by short name."""
+    """Import every module of the three rooms: what is closest to a wrong name, and what there is, can only be said of all."""
     for room in ROOMS:
         package = importlib.import_module(f"theodolite.{room}")
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
@@ -224,10 +238,17 @@ def check_args(args: Sequence[str]) -> None:
             raise ConfigError(f"{args[0].partition('=')[0]} comes after the subcommand: theodolite fit {' '.join(args[:2])} ...")
         raise ConfigError(f"there is no subcommand '{args[0]}'{closest(args[0], [*SUBCOMMANDS, 'doctor'])}.")
     if any(token in ("-h", "--help") or token.partition("=")[0].endswith(".help") for token in args[1:]):
+        import_rooms()
         return
     layers = read_layers(args[1:])
+    import_named(layers)
     checker = _checker(args[0])
-    checker.check(layers)
+    try:
+        checker.check(layers)
+    except ConfigError:
+        import_rooms()
+        checker = _checker(args[0])
+        checker.check(layers)
     if "model" not in checker.classes:
         raise ConfigError(f"no model is given: theodolite {args[0]} needs --config <file>.yaml, or --model=<class>.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -84,6 +84,15 @@ def _with_init_args(key: str, value: Any) -> Any:
     loose = {name: item for name, item in value.items() if name not in ("class_path", "init_args")}
     kept = {"class_path": value["class_path"]} if "class_path" in value else {}
     return kept | {"init_args": {**(value.get("init_args") or {}), **loose}}
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every text in nested plain data that is not a key."""
+    if isinstance(value, str):
+        yield value
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    for item in items:
+        yield from texts(item)
 
 
 def _merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
