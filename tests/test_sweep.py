@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS))
 
+from theodolite.cli import check_args  # noqa: E402
 from theodolite.launch import LaunchError, parse_request  # noqa: E402
 from theodolite.reports.hypotheses import read_hypotheses  # noqa: E402
 from theodolite.reports.plan import MEASURES, read_plan  # noqa: E402
@@ -62,6 +64,15 @@ def test_every_study_of_the_repository_names_what_exists(path: Path, tmp_path: P
         assert {entry.measure for entry in entries} <= set(MEASURES)
 
 
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_run_of_the_repository_s_studies_has_a_command_line_that_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    study = read_study_file(path, Path("configs"))
+    arms = [arm for arm in study.arms if arm.options or arm is study.arms[0]]  # the arms' layers are read in test_arm_configs.py
+    for job in study_jobs(replace(study, arms=tuple(arms), seeds=study.seeds[:1]), Path("configs"), Path("out"), Path("policy")):
+        check_args(job.args)
+
+
 def test_the_experiment_runs_on_seeds_that_nothing_was_tuned_on() -> None:
     for act, arms in (("act_one", 8), ("act_two", 6)):
         study = read_study_file(CONFIGS / "experiment" / f"{act}.yaml", CONFIGS)
@@ -84,6 +95,18 @@ def test_the_experiment_runs_on_seeds_that_nothing_was_tuned_on() -> None:
 def test_a_file_that_cannot_work_is_refused_in_one_sentence(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_study_file(written(tmp_path, **changes), tmp_path)
+
+
+def test_rebound_s_sweep_holds_both_forms_at_every_published_alpha_and_a_random_direction() -> None:
+    study = read_study_file(CONFIGS / "experiment" / "rebound_alpha.yaml", CONFIGS)
+    published = [f"{form}_{alpha}" for form in ("additive", "multiplicative") for alpha in ("0.5", "1", "2", "5")]
+    assert study.arm_names == ["vanilla", *published, "multiplicative_random"]
+    for arm in study.arms[1:-1]:
+        form, alpha = arm.name.split("_")
+        (layer,) = arm.layers
+        (callback,) = yaml.safe_load((CONFIGS / layer).read_text())["trainer"]["callbacks"]
+        found = [float(option.rpartition("=")[2]) for option in arm.options] or [callback["init_args"]["alpha"]]
+        assert (callback["init_args"]["mode"], found) == (form, [float(alpha)])
 
 
 def test_arms_of_a_seed_differ_in_their_layers_and_nothing_else(tmp_path: Path) -> None:
