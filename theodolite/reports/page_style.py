@@ -67,7 +67,8 @@ mark { background: var(--mark); color: inherit; box-shadow: -3px 0 0 var(--mark-
 .bars span:nth-child(3n) { font-variant-numeric: tabular-nums; text-align: right; }
 .bar { height: .7rem; border-radius: 3px; background: var(--link); opacity: .75; min-width: 2px; }
 .block { background: var(--panel); border-radius: 8px; padding: .8rem .9rem; max-height: 22rem; }
-@media (max-width: 34rem) { .findings li { grid-template-columns: 1fr; } main { padding-top: 1.6rem; } tbody th { min-width: 8.6rem;
-  max-width: 9.2rem; } table { font-size: .82rem; } th, td { padding: .45rem .5rem; } }
+@media (max-width: 34rem) { .findings li { grid-template-columns: 1fr; } main { padding-top: 1.6rem; } tbody th { min-width: 9.1rem;
+  max-width: 9.4rem; } tbody .arm, tbody th code { white-space: normal; overflow-wrap: anywhere; } table { font-size: .82rem; }
+  th, td { padding: .45rem .5rem; } }
 @media print { details > * { display: block; } .scroll, pre { overflow: visible; max-height: none; } }
 """
