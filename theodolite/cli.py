@@ -160,9 +160,11 @@ class TheodoliteCLI(LightningCLI):
         return trainer
 
     def _config_text(self) -> str:
-        """The resolved config as ``--config`` reads it back, without the folder: running it again is another run."""
+        """The resolved config as ``--config`` reads it back, without folder and, of a fit, checkpoint: running it again is another run."""
         settings = self.config[str(self.subcommand)].clone()
         settings["run_dir"] = None
+        if self.subcommand == "fit":
+            settings["ckpt_path"] = None
         settings.pop("config", None)
         return self._parser(self.subcommand).dump(settings, skip_none=False)
 
