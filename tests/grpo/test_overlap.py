@@ -196,10 +196,10 @@ def test_a_window_is_sampled_while_the_one_before_it_is_learnt_from_and_no_weigh
 
 def test_an_evaluation_between_two_windows_waits_for_the_sampling_and_sees_the_newest_weights(tmp_path: Path) -> None:
     watch = Windows()
-    module, _ = ahead(tmp_path, watch, steps=3, data=TwoValidated(), trainer_args={"limit_val_batches": 1, "val_check_interval": 1})
+    module, _ = ahead(tmp_path, watch, steps=2, data=TwoValidated(), trainer_args={"limit_val_batches": 1, "val_check_interval": 1})
     sent = [event for event in module.engine.events if event.startswith("weights")]
-    assert sent == ["weights 0", "weights 1", "weights 2", "weights 3"]
-    assert [logged["train/staleness"] for logged in watch.logged] == [0, 1, 1]
+    assert sent == ["weights 0", "weights 1", "weights 2"]
+    assert [logged["train/staleness"] for logged in watch.logged] == [0, 1]
 
 
 def test_what_the_sampler_fails_with_surfaces_at_the_next_window_and_checkpoints_go_on_without_it(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_what_the_sampler_fails_with_surfaces_at_the_next_window_and_checkpoints
     assert [logged["train/staleness"] for logged in again.logged] == [0, 1]
 
 
-@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("step", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_resumed_run_learns_from_the_very_window_that_was_sampled_ahead(tmp_path: Path, step: int) -> None:
     whole, again = Windows(), Windows()
     save = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=1, save_top_k=-1)

@@ -69,7 +69,7 @@ def test_steering_by_weights_reaches_the_sampler_and_steering_by_hooks_is_refuse
     served: tuple[FakeVLLM, str], folder: Path, tmp_path: Path
 ) -> None:
     module: Any = sampling_module(served[1], folder)
-    module._trainer = SimpleNamespace(global_step=0, default_root_dir=tmp_path)
+    module._trainer = SimpleNamespace(global_step=0, default_root_dir=tmp_path, strategy=None)
     module.configure_model()
     before = module.complete(["def solve"], 2, 0)
     train_a_little(module.causal_lm, 1, 0.3)
