@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from theodolite.functional.component_masks import ComponentMask, rows_at, scaled_acts
+from theodolite.functional.attacked_product import attacked_output, can_attack, constant_product
+from theodolite.functional.component_masks import ComponentMask, SourceMask, rows_at, scaled_acts
 from theodolite.seeds import derive_seed
 
 
@@ -157,8 +158,11 @@ class Site:
         return acts, target
 
     def _acts(self, inputs: Tensor, run: Replacement) -> Tensor:
-        read = self.components.V.detach() if run.frozen else self.components.V
-        acts = F.embedding(inputs, read) if self.components.embedding else inputs.to(read.dtype) @ read
+        read = self.components.V
+        if self.components.embedding:
+            acts = F.embedding(inputs, read.detach() if run.frozen else read)
+        else:
+            acts = constant_product(inputs.to(read.dtype), read) if run.frozen else inputs.to(read.dtype) @ read
         if "acts" in run.keep:
             run.acts[self.name] = acts
         return acts
@@ -167,6 +171,8 @@ class Site:
         """What the components write, and of the target's own output what the delta's mask lets through."""
         write = self.components.U.detach() if run.frozen else self.components.U
         bias = getattr(self.module, "bias", None)
+        if run.frozen and isinstance(mask, SourceMask) and can_attack(acts, mask, write):
+            return attacked_output(acts, target, bias, mask, write)
         if mask.delta is not None:
             assert target is not None
             return self._with_delta(acts, write, target, bias, mask)

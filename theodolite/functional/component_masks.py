@@ -46,10 +46,12 @@ class SourceMask(ComponentMask):
     Attributes:
         importance: (..., C) lower causal importances g.
         source: r, (..., C), broadcastable to the importances.
+        whole: (..., C + 1) the sources of components and delta, or (..., C) without delta, where one tensor holds them all.
     """
 
     importance: Tensor = field(kw_only=True)
     source: Tensor = field(kw_only=True)
+    whole: Tensor | None = field(kw_only=True, default=None)
 
     def at(self, places: Tensor, leading: Sequence[int]) -> SourceMask:
         """See :class:`ComponentMask`."""
@@ -103,10 +105,10 @@ def mask_from_source(importance: Tensor, source: Tensor, routing: Tensor | None 
     if source.shape[-1] not in (channels, channels + 1):
         raise ValueError(f"A source of {source.shape[-1]} channels does not fit {channels} components; give {channels} or {channels + 1}.")
     if source.shape[-1] == channels:
-        return SourceMask(None, None, routing, importance=importance, source=source)
+        return SourceMask(None, None, routing, importance=importance, source=source, whole=source)
     # split, because the backward passes of two slices would each make a gradient of the whole source
     components, delta = source.split([channels, 1], dim=-1)
-    return SourceMask(None, delta.squeeze(-1), routing, importance=importance, source=components)
+    return SourceMask(None, delta.squeeze(-1), routing, importance=importance, source=components, whole=source)
 
 
 def scaled_acts(acts: Tensor, mask: ComponentMask) -> Tensor:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def kl_sum(logits: Tensor, reference: Tensor, chunk_numbers: int, normalised: bool = False) -> Tensor:
+class Reference(NamedTuple):
+    """Log-probabilities (N, V) and probabilities that many divergences are taken from."""
+
+    log_probabilities: Tensor
+    probabilities: Tensor
+
+    @staticmethod
+    def of(logits: Tensor) -> Reference:
+        """Of logits (..., V), which are flattened to (N, V); in float32 or wider."""
+        found = log_probabilities(logits.detach().flatten(0, -2))
+        return Reference(found, found.exp())
+
+
+def kl_sum(logits: Tensor, reference: Tensor | Reference, chunk_numbers: int) -> Tensor:
     r""":math:`\sum_\text{rows} KL(\mathrm{softmax}(\text{reference})\,\|\,\mathrm{softmax}(\text{logits}))`, differentiable in ``logits``.
 
     Log-probabilities exist for one chunk of rows at a time. The gradient, ``softmax(logits) - softmax(reference)``, shares its exponentials
@@ -17,36 +30,37 @@ def kl_sum(logits: Tensor, reference: Tensor, chunk_numbers: int, normalised: bo
 
     Args:
         logits: (N, V).
-        reference: (N, V), a constant.
+        reference: (N, V) logits, a constant; or what they say, where it is needed more than once.
         chunk_numbers: Logits per chunk; at least one row is taken.
-        normalised: The reference holds log-probabilities already, as :func:`log_probabilities` makes them.
 
     Returns:
         A scalar, in float32 or wider.
     """
-    result = _KLSum.apply(logits, reference.detach(), max(1, chunk_numbers // logits.shape[-1]), normalised)
+    log_p, p = reference if isinstance(reference, Reference) else (reference.detach(), None)
+    result = _KLSum.apply(logits, log_p, p, max(1, chunk_numbers // logits.shape[-1]))
     assert isinstance(result, Tensor)
     return result
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """Log-probabilities over the last axis, in float32 or wider: a reference that many divergences are taken from."""
+    """Log-probabilities over the last axis, in float32 or wider."""
     return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 class _KLSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, reference: Tensor, rows: int, normalised: bool) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, reference: Tensor, probabilities: Tensor | None, rows: int) -> Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         sums: list[Tensor] = []
         for start in range(0, logits.shape[0], rows):
-            log_q, log_p = log_probabilities(logits[start : start + rows]), reference[start : start + rows].to(wide)
-            log_p = log_p if normalised else log_probabilities(log_p)
-            p = log_p.exp()
+            chunk = slice(start, start + rows)
+            log_q, log_p = log_probabilities(logits[chunk]), reference[chunk]
+            log_p = log_p if probabilities is not None else log_probabilities(log_p.to(wide))
+            p = log_p.exp() if probabilities is None else probabilities[chunk]
             sums.append(torch.dot((log_p - log_q).flatten(), p.flatten()))
             if gradient is not None:
-                torch.sub(log_q.exp_(), p, out=gradient[start : start + rows])
+                torch.sub(log_q.exp_(), p, out=gradient[chunk])
         ctx.gradient = gradient
         return torch.stack(sums).sum() if sums else logits.new_zeros((), dtype=wide)
 

@@ -234,13 +234,10 @@ class _GroupSums:
         self.total += total
         per_row = torch.full(part.groups.shape, count / len(part.groups), dtype=torch.float64, device=part.groups.device)
         self.counts.index_add_(0, part.groups, per_row)
-        start = 0
-        for gradient in gradients:
-            wide = gradient.flatten(1).to(torch.float64)
-            columns = slice(start, start + wide.shape[1])
-            self.gradients[:, columns].index_add_(0, part.groups, wide)
-            self.magnitudes[columns] += wide.abs().sum(dim=0)
-            start = columns.stop
+        if gradients:
+            wide = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).to(torch.float64)
+            self.gradients.index_add_(0, part.groups, wide)
+            self.magnitudes += wide.abs_().sum(dim=0)
 
     def directions(self, average: bool, sources: Sources) -> list[Tensor]:
         """Gradients as the sources are shaped; only their signs matter."""

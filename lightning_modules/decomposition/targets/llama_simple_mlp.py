@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from theodolite.functional.attacked_product import constant_product
+
 
 class LlamaSimpleMLP(nn.Module):
     """Token ids (B, S) to logits (B, S, vocabulary).
@@ -46,7 +48,7 @@ class LlamaSimpleMLP(nn.Module):
         tables = rotary_tables(n_ctx, n_embd // n_head, rotary_base)
         self.h = nn.ModuleList(_Block(n_embd, n_head, heads, n_intermediate, tables, rotary_adjacent_pairs) for _ in range(n_layer))
         self.ln_f = RMSNorm(n_embd)
-        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+        self.lm_head = _Unembedding(n_embd, vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -131,6 +133,13 @@ class Attention(nn.Module):
         key, value = (part.repeat_interleave(self.n_heads // self.n_groups, dim=1) for part in (self.rotate(key), value))
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
+
+
+class _Unembedding(nn.Linear):
+    """Logits are the largest product, and a vocabulary is seldom a whole number of cache lines."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if self.weight.requires_grad else constant_product(input, self.weight.T)
 
 
 class _MLP(nn.Module):
