@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -41,7 +42,7 @@ class ShortOfMemory(PlainDescent):
 
     ran_out = False
 
-    def microbatch_loss(self, window: Any, indices: Any, *more: Any) -> Any:
+    def microbatch_loss(self, window: Any, indices: Any, *more: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         loss = super().microbatch_loss(window, indices, *more)
         if self.global_rank == 1 and len(indices) > 1 and not self.ran_out:
             self.ran_out = True
@@ -54,6 +55,31 @@ class Squared:
 
     def __call__(self, batch: TokenBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return (batch.advantages - batch.log_probs).square(), {}
+
+
+class Share(Callback):
+    """Writes how many numbers of a moment this rank holds, and when its weights were in shards."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder, self.in_shards = Path(folder), set[str]()
+
+    def note(self, when: str, module: Any) -> None:
+        self.in_shards |= {when} if module.in_shards else set()
+
+    def on_rollouts(self, trainer: Any, pl_module: Any, window: Any) -> None:
+        self.note("rollouts", pl_module)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        self.note("backward", pl_module)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.note("update", pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        moments = sum(state["exp_avg"].to_local().numel() for state in trainer.optimizers[0].state.values())
+        held = {"moments": moments, "trained": sum(p.numel() for p in pl_module.trainable_parameters()), "when": sorted(self.in_shards)}
+        (self.folder / f"share-{trainer.global_rank}.json").write_text(json.dumps(held))
 
 
 def written(folder: Path, name: str, grader: str = "one_sided", callbacks: tuple[Any, ...] = (), **model: Any) -> str:
@@ -72,7 +98,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full": SEVERAL | {"micro_batch_size": 4},
     "full_split": {"split_backward": True, "zero_variance": "drop"},
     "patterns": {"trainable": ["*.layers.1.*"], "zero_variance": "refill", "kl_estimator": "k1_reward", "beta": 0.1},
-    "own_loss": {"loss": {"class_path": "test_fsdp2.Squared"}, "overlap_grading": True, "lr": 1e-3},
+    "own_loss": {"loss": {"class_path": "test_fsdp2.Squared"}, "overlap_grading": True},
     "nothing": {"grader": "all_nan"},
     "one_token": {"max_new_tokens": 1},
     "memory": {"split_backward": True, "class_path": "test_fsdp2.ShortOfMemory"},
@@ -91,12 +117,12 @@ def projection(folder: Path) -> dict[str, Any]:
 @pytest.mark.distributed
 def test_two_ranks_in_shards_compute_what_one_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    cases = CASES | {"projected": {"callbacks": (projection(tmp_path),)}}
+    cases: dict[str, dict[str, Any]] = CASES | {"projected": {"callbacks": (projection(tmp_path),)}}
     lines = [command(tmp_path, written(tmp_path, name, **settings)) for name, settings in cases.items()]
     assert two_ranks(tmp_path, lines, limit_s=400.0, strategy=SHARDS) == [0, 0], log_of(tmp_path, 0)[-2000:] + log_of(tmp_path, 1)[-2000:]
     assert "microbatches are halved, the window is tried again" in log_of(tmp_path, 1)
     for name, settings in cases.items():
-        one = settings | ({"class_path": "grpo_fits.PlainDescent"} if name == "memory" else {})
+        one: dict[str, Any] = settings | ({"class_path": "grpo_fits.PlainDescent"} if name == "memory" else {})
         main(command(tmp_path, written(tmp_path, f"{name}-one", **one)))
         ranks = [load_file(tmp_path / f"witness-{name}" / f"weights-{rank}.safetensors") for rank in range(2)]
         assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
@@ -124,6 +150,7 @@ def test_resumed_shards_end_in_the_bytes_of_the_uninterrupted_run_and_export_wha
     def line(name: str, *more: str) -> list[str]:
         checkpoints = callback("lightning.pytorch.callbacks.ModelCheckpoint", every_n_train_steps=2, save_top_k=-1, filename="{step}")
         callbacks = [callback("tiny_policies.Witness", folder=str(tmp_path / f"witness-{name}")), checkpoints]
+        callbacks += [callback("test_fsdp2.Share", folder=str(tmp_path))] if name == "straight" else []
         model = grpo(policy=str(policy), train_tokenizer=None, lora=lora, warmup_steps=3, table_every=0)
         limits: dict[str, Any] = {"max_steps": 4, "val_check_interval": 2, "num_sanity_val_steps": 0}
         return [*command(tmp_path, config(tmp_path, name, model, prompts(), callbacks=callbacks, **limits)), *more]
@@ -131,6 +158,10 @@ def test_resumed_shards_end_in_the_bytes_of_the_uninterrupted_run_and_export_wha
     saved = f"{tmp_path}/run-straight/checkpoints/step=2.ckpt"
     lines = [line("straight"), line("resumed", f"--ckpt_path={saved}")]
     assert two_ranks(tmp_path, lines, strategy=SHARDS) == [0, 0], log_of(tmp_path, 0)[-2000:] + log_of(tmp_path, 1)[-2000:]
+    shares = [json.loads((tmp_path / f"share-{rank}.json").read_text()) for rank in range(2)]
+    assert sum(share["moments"] for share in shares) == shares[0]["trained"]
+    assert max(share["moments"] for share in shares) < 0.6 * shares[0]["trained"], "three rows are two and one"
+    assert [share["when"] for share in shares] == [["backward", "update"]] * 2
     assert difference(tmp_path, "straight", "resumed") == 0.0
     tail = rows_of(tmp_path, "resumed")
     assert tail == rows_of(tmp_path, "straight")[-len(tail) :]
