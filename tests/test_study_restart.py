@@ -161,6 +161,7 @@ def test_a_run_killed_in_a_window_and_again_in_its_test_leaves_the_bytes_of_the_
     assert all("continued_from_steps" not in json.loads((whole.run_dir / name).read_text()) for name in ("run.json", "manifest.json"))
     for name in ("run.json", "manifest.json"):
         assert json.loads((killed.run_dir / name).read_text())["continued_from_steps"] == [4, 6]
+    assert "ckpt_path: null" in (killed.run_dir / "config.yaml").read_text(), "what was done, however many lives it took"
     assert not (killed.run_dir / BEGUN).exists()
 
 

@@ -195,6 +195,15 @@ def test_what_the_report_could_not_read_is_refused_before_anything_runs(tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_an_option_that_no_run_could_take_is_refused_before_the_warm_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("theodolite.sweep.warm_start", lambda *_: pytest.fail("trained for runs that cannot start"))
+    arms = {"plain": {"title": "nothing"}, "quick": {"title": "a large step", "options": ["--model.widht=3"]}}
+    study = read_study_file(written(tmp_path, arms=arms), tmp_path)
+    with pytest.raises(ValueError, match=r"arm quick: .*'widht'.* the closest is 'width'"):
+        run_study(study, options(tmp_path), Console(quiet=True))
+    assert not list((tmp_path / "out").glob("*-3"))
+
+
 def test_the_command_line_ends_with_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path / "nowhere.yaml"), "--out", str(tmp_path / "out")])

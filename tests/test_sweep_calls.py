@@ -15,7 +15,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from test_sweep import CONFIGS, options, written
+from test_sweep import CONFIGS, LAYER, options, written
 
 from theodolite.experiment import main as experiment
 from theodolite.experiment import study_and_report
@@ -68,7 +68,7 @@ def test_wall_time_is_that_of_all_calls_whose_runs_are_kept(tmp_path: Path, monk
     assert file.stat().st_mtime_ns == before, "nothing ran, so nothing is written"
     (tmp_path / "quick.yaml").write_text("{}")
     assert call()["runs"] == 60.0, "two arms of four are kept"
-    (tmp_path / "base.yaml").write_text("{}")
+    (tmp_path / "base.yaml").write_text(json.dumps(LAYER | {"seed_everything": 1}))
     assert call()["runs"] == 40.0, "all are repeated: what the old ones took is not what these took"
     file.unlink()
     (tmp_path / "out" / "plain-3" / "run.json").unlink()
@@ -166,6 +166,7 @@ def test_the_warm_start_is_a_job_only_where_the_cache_lacks_it_and_its_failure_i
 ) -> None:
     cluster = Cluster(monkeypatch)
     written(tmp_path, warm_start=[{"name": "w", "layers": ["base.yaml"], "steps": 4}])
+    monkeypatch.setattr("theodolite.sweep.check_runs", lambda jobs: None)  # the tiny model takes no policy
     monkeypatch.setattr("theodolite.sweep.time", Namespace(monotonic=itertools.count(0, 20).__next__, sleep=lambda seconds: None))
     assert cluster.sweep(tmp_path) == 1
     assert "job of the warm start ended without a policy; see 1.out" in capsys.readouterr().err

@@ -12,7 +12,8 @@ or missing; on SLURM also queued or running.
 What is finished is not repeated, so the same command continues an interrupted study; a changed config, option or warm start is another run
 and is repeated. Options after ``--`` go to every run. Every run of one seed sees the same prompts in the same order.
 
-Before anything runs the study's ``report`` and its hypotheses are read as the report will read them, with the arms and measures they name.
+Before anything runs the study's ``report`` and its hypotheses are read as the report will read them, with the arms and measures they name,
+and every arm's configs and options as its runs will.
 
 On SLURM the warm start is a job of its own that is waited for, then every run is one, of a single process on at most one GPU. The same
 command shows how far they are, leaves alone what is queued or running (``DIR/jobs.json``) and submits the rest. A run that was preempted or
@@ -37,7 +38,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from theodolite.config_layers import closest
+from theodolite.config_layers import ConfigError, closest
 from theodolite.launch import LaunchError, parse_request
 from theodolite.provenance import write_json_atomic
 from theodolite.study import RUN_RECORD, Job, visible_gpus
@@ -138,7 +139,7 @@ def run_study(
         One sentence per failure, and what the study's phases took.
 
     Raises:
-        ValueError: The study's report or hypotheses cannot be read, or there are fewer GPUs than asked for.
+        ValueError: The study's report, hypotheses or an arm's configs cannot be read, or there are fewer GPUs than asked for.
     """
     alone = not (part or only_warm_start)
     visible_gpus(options.gpus)
@@ -146,6 +147,7 @@ def run_study(
         write_plan(study, options.out)
     jobs = study_jobs(study, options.configs, options.out, policy_folder(study.warm_start, options.configs, options.cache))
     todo = {job.run_dir for job in jobs if not job.done}
+    check_runs([job for job in jobs if job.run_dir in todo])
     timings = Timings(options.out, any(path.parent not in todo for path in options.out.glob(f"*/{RUN_RECORD}")), alone)
     cached = cached_phases(study.warm_start, options.configs, options.cache)
     with timings.phase("warm start", work=cached < len(study.warm_start), kept=cached > 0):
@@ -173,6 +175,21 @@ def _job(study: StudyFile, arm: Arm, seed: int, configs: Path, out: Path, policy
     args = ("fit", *(f"--config={layer}" for layer in layers), f"--seed_everything={seed}", *start, *study.options, *arm.options, *QUIET)
     record: dict[str, Any] = {"arm": arm.name, "seed": seed, "arm_title": arm.title, "note": arm.note, "config": layers}
     return Job(out / f"{arm.name}-{seed}", args, record, test=study.test, steps=study.steps, resume=True)
+
+
+def check_runs(jobs: Sequence[Job]) -> None:
+    """Check one run's command line per arm, before a warm start is trained for them; what a constructor refuses is seen later, by the run.
+
+    Raises:
+        ValueError: A class, key or value of a config or an option does not exist.
+    """
+    from theodolite.cli import check_args  # imported late: a study whose runs are all done needs no Lightning
+
+    for job in {job.record["arm"]: job for job in reversed(jobs)}.values():
+        try:
+            check_args(job.args)
+        except ConfigError as error:
+            raise ValueError(f"arm {job.record['arm']}: {error}") from error
 
 
 def write_plan(study: StudyFile, out: Path) -> None:
@@ -267,6 +284,7 @@ def _queue(study: StudyFile, options: argparse.Namespace, extra: tuple[str, ...]
     shared = ["--cache", str(options.cache), "--configs", str(options.configs), "--out", str(options.out)]
     tail = ["--", *extra] if extra else []
     write_plan(study, options.out)
+    check_runs(study_jobs(study, options.configs, options.out, policy_folder(study.warm_start, options.configs, options.cache)))
     queue = StudyQueue(options.out, options.executor)
 
     def send(name: str, *arguments: str) -> None:
