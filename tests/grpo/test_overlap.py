@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grpo_fits import TINY, Gradients, PlainDescent, fit, flat_gradient
-from tiny_policies import TinyPrompts, weights_of
+from test_two_ranks import command, log_of, two_ranks
+from tiny_policies import TinyPrompts, config, grpo, prompts, weights_of
 
 from theodolite.background import in_background
 from theodolite.datamodules.samplers import DistributedBatchSampler
@@ -33,6 +34,7 @@ from theodolite.lightning_modules.grpo.settings import check_preview
 from theodolite.lightning_modules.rollouts import HFRollout, Sample, SamplesAhead, sample_seeds
 from theodolite.lightning_modules.scoring import completion_log_probs, pad_sequences
 from theodolite.protocols import PromptPreview, Window
+from theodolite.shard_work import this_rank
 
 SAVING: dict[str, Any] = {"enable_checkpointing": True}
 ENGINE = f"{__name__}.Elsewhere"
@@ -43,17 +45,23 @@ class Elsewhere(HFRollout):
 
     Args:
         fails_at: Weight version whose completions cannot be had beforehand.
+        on_rank: Which rank cannot have them; null = none can.
     """
 
     own_numerics = True
     events: list[str]
     """What was done, in order; ``sampling 2`` is the window that is learnt from at step 2."""
 
-    def __init__(self, fails_at: int | None = None) -> None:
+    def __init__(self, fails_at: int | None = None, on_rank: int | None = None) -> None:
         super().__init__()
-        self.fails_at, self.events = fails_at, []
+        self.fails_at, self.on_rank, self.events = fails_at, on_rank, []
         self.may_end: threading.Event | None = None
         self._begun: Future[Any] | None = None
+        self._one_at_a_time = threading.Lock()  # unlike a server, this decodes by switches on the one model
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[list[Sample]]:
+        with self._one_at_a_time:
+            return super().generate(prompts, sampling, seeds)
 
     def setup(self, model: nn.Module, end_ids: Sequence[int], pad_id: int, folder: Path | None = None) -> None:
         self.live = model
@@ -76,7 +84,7 @@ class Elsewhere(HFRollout):
             self.events.append(f"begin {version}")
             if may_end is not None:
                 assert may_end.wait(20), "nothing was learnt while this sampled"
-            if version == self.fails_at:
+            if version == self.fails_at and self.on_rank in (None, this_rank()):
                 raise ConnectionError("the sampler is gone")
             found = self.generate(prompts, sampling, seeds)
             self.events.append(f"end {version}")
@@ -217,13 +225,43 @@ def test_what_the_sampler_fails_with_surfaces_at_the_next_window_and_checkpoints
     assert [logged["train/staleness"] for logged in again.logged] == [0, 1]
 
 
-@pytest.mark.parametrize("step", [2, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_resumed_run_learns_from_the_very_window_that_was_sampled_ahead(tmp_path: Path, step: int) -> None:
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_what_fails_on_one_rank_while_it_samples_ahead_stops_both_with_the_reason(tmp_path: Path) -> None:
+    rollout = {"class_path": "test_overlap.Elsewhere", "init_args": {"fails_at": 1, "on_rank": 1}}
+    limits = {"max_steps": 4, "limit_val_batches": 0, "num_sanity_val_steps": 0, "enable_checkpointing": False}
+    written = config(tmp_path, "failing", grpo(rollout=rollout, overlap_sampling=True, export=False), prompts(), **limits)
+    assert 0 not in two_ranks(tmp_path, [command(tmp_path, written)])
+    assert "rank 1 failed (ConnectionError: the sampler is gone)" in log_of(tmp_path, 0)
+    assert "ConnectionError: the sampler is gone" in log_of(tmp_path, 1)
+    rows = (tmp_path / "run-failing" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 2, "the window that was learnt from meanwhile is finished first"
+
+
+def slowly(step: int, **settings: Any) -> Any:
+    return pytest.param(step, settings, marks=pytest.mark.slow, id=f"{step}-{'-'.join(settings) or 'next epoch'}")
+
+
+@pytest.mark.parametrize(
+    ("step", "settings"),
+    [
+        pytest.param(2, {}, id="2"),
+        slowly(5),
+        slowly(4, updates_per_window=2, beta=0.1),
+        slowly(3, zero_variance="refill", data=TinyPrompts(rewards="nan")),
+        slowly(3, overlap_grading=True, beta=0.1, split_backward=True),
+    ],
+)
+def test_a_resumed_run_learns_from_the_very_window_that_was_sampled_ahead(tmp_path: Path, step: int, settings: dict[str, Any]) -> None:
     whole, again = Windows(), Windows()
+    updates = settings.get("updates_per_window", 1)
     save = ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    first, _ = ahead(tmp_path, whole, save, steps=7, trainer_args=SAVING)
-    second, _ = ahead(tmp_path, again, steps=7, ckpt_path=tmp_path / "saved" / f"step={step}.ckpt")
-    assert json.dumps(again.logged) == json.dumps(whole.logged[step:])
+    first, _ = ahead(tmp_path, whole, save, steps=7 * updates, trainer_args=SAVING, **settings)
+    second, _ = ahead(tmp_path, again, steps=7 * updates, ckpt_path=tmp_path / "saved" / f"step={step}.ckpt", **settings)
+    assert json.dumps(again.logged) == json.dumps(whole.logged[step // updates :])
+    ages = [logged["train/staleness"] for logged in whole.logged]
+    assert ages[0] == 0
+    assert all(0 < age <= updates if "zero_variance" in settings else age == updates for age in ages[1:])
     ends = weights_of(first), weights_of(second)
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
