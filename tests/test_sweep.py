@@ -113,6 +113,7 @@ def test_arms_of_a_seed_differ_in_their_layers_and_nothing_else(tmp_path: Path) 
     study = read_study_file(written(tmp_path, options=["--model.width=3"]), tmp_path)
     jobs = study_jobs(study, tmp_path, tmp_path / "out", tmp_path / "policy")
     assert [job.name for job in jobs] == ["plain-3", "quick-3", "plain-4", "quick-4"]
+    assert all(job.resume for job in jobs), "what is interrupted goes on"
     without = [[arg for arg in job.args if "quick.yaml" not in arg] for job in jobs]
     assert without[0] == without[1]
     assert without[2] == without[3]
