@@ -202,6 +202,12 @@ def test_a_window_is_sampled_while_the_one_before_it_is_learnt_from_and_no_weigh
     assert "begin 3" not in events, "nothing follows the last window"
 
 
+def test_nothing_is_begun_that_no_epoch_would_ask_for(tmp_path: Path) -> None:
+    module, trainer = ahead(tmp_path, data=TinyPrompts(rows=8), trainer_args={"max_steps": -1, "max_epochs": 2})
+    assert trainer.global_step == 4
+    assert [event for event in module.engine.events if event.startswith("begin")] == ["begin 0", "begin 1", "begin 2"]
+
+
 def test_an_evaluation_between_two_windows_waits_for_the_sampling_and_sees_the_newest_weights(tmp_path: Path) -> None:
     watch = Windows()
     module, _ = ahead(tmp_path, watch, steps=2, data=TwoValidated(), trainer_args={"limit_val_batches": 1, "val_check_interval": 1})
