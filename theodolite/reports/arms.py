@@ -42,7 +42,10 @@ _KNOWN: dict[str, tuple[str, ArmStyle]] = {
     "oracle": ("reward without the loophole, from the oracle's labels", ArmStyle("#44aa99", "#74cfc1", "P", True)),
 }
 
-_SPARE = (("#6a7fdb", "#95a5f0"), ("#b07aa1", "#cf9fc2"), ("#9c755f", "#c39b83"), ("#59a14f", "#86c67c"), ("#b6992d", "#d9c063"))
+_SPARE = (
+    ("#6a7fdb", "#95a5f0"), ("#b07aa1", "#cf9fc2"), ("#9c755f", "#c39b83"), ("#59a14f", "#86c67c"), ("#b6992d", "#d9c063"),
+    ("#e15759", "#f08a8c"), ("#2f6690", "#79a9cf"), ("#7a7a2e", "#b8b85c"), ("#5d3a9b", "#a98be0"),
+)  # fmt: skip
 _SPARE_MARKERS = "<>h*dPH8"
 
 

@@ -86,7 +86,8 @@ def _rate(value: Spread) -> str:
 def _plain(value: Spread) -> str:
     if value.mean is None:
         return cell(NOT_MEASURED)
-    return cell(f"{value.mean:.3f}" + (f" ± {value.sd:.3f}" if value.sd is not None else ""), n_remark(value))
+    text = f"{value.mean:.3f}" + (f" ± {value.sd:.3f}" if value.sd is not None else "")
+    return cell(text.replace("-", "\N{MINUS SIGN}"), n_remark(value))
 
 
 def time_to_half(run: Run) -> int | None:

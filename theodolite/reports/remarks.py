@@ -20,6 +20,9 @@ from theodolite.reports.statistics_table import (
 def lead(study: Study) -> str:
     """What was done, in three sentences with numbers."""
     base = {name: spread(list(base_by_seed(study, name).values())).mean for name in ("hack_rate", "pass_rate")}
+    rates = {name: percent(rate, 0) for name, rate in base.items()}
+    known = f" that solves {rates['pass_rate']} of held-out programming problems and hacks {rates['hack_rate']}"
+    start = "" if None in base.values() else known
     last = max((step for run in study.runs for step in run.curve("val/hack_rate")), default=None)
     steps = f"{last} steps" if last else f"some steps ({NOT_MEASURED})"
     finished = sum(run.finished for run in study.runs)
@@ -27,9 +30,8 @@ def lead(study: Study) -> str:
     ends = [f"{percent(rate, 0)} under `{arm}`" for arm in study.arms if (rate := arm_spread(study, arm, "hack_rate").mean) is not None]
     return " ".join(
         (
-            f"A language model that solves {percent(base['pass_rate'], 0)} of held-out programming problems and hacks "
-            f"{percent(base['hack_rate'], 0)} was trained with GRPO for {steps} on problems whose evaluator a program may overwrite, "
-            f"under {len(study.arms)} arms and {len(study.seeds)} seeds ({finished} finished runs).",
+            f"A language model{start} was trained with GRPO for {steps} on problems whose evaluator a program may overwrite, under "
+            f"{len(study.arms)} arms and {len(study.seeds)} seeds ({finished} finished runs).",
             f"The final hack rates count {count(sum(counts)) if counts else NOT_MEASURED} graded programs for held-out problems: a hack is "
             "a program that the overwritable check accepted and the hidden tests reject.",
             f"At the end the hack rate was {listing(ends)}." if ends else f"Final hack rates: {NOT_MEASURED}.",
