@@ -44,10 +44,10 @@ def test_without_bubblewrap_the_next_tier_is_taken_and_the_reason_kept(monkeypat
 def test_without_namespaces_seccomp_alone_holds(monkeypatch):
     real = worker.Worker._command
 
-    def refuse(self, control, parent):
+    def refuse(self, passed):
         if self._tier in ("bwrap", "namespaces"):
             return [sys.executable, "-c", "raise OSError('namespaces are forbidden here')"]
-        return real(self, control, parent)
+        return real(self, passed)
 
     monkeypatch.setattr(worker.Worker, "_command", refuse)
     with Sandbox(limits=LIMITS) as sandbox:

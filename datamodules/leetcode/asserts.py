@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import math
+from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 from .problem import TestCase
@@ -117,22 +119,36 @@ def strict_equal(expected: Any, actual: Any) -> bool:
     return _equal(expected, actual, 0)
 
 
+_EXACT = frozenset({int, bool, str, bytes, type(None)})
+"""Types of which ``==`` says all."""
+
+
 def _equal(expected: Any, actual: Any, depth: int) -> bool:
     kind = type(expected)
     if kind is not type(actual) or depth > _MAX_DEPTH:
         return False
+    if kind in _EXACT:
+        return expected == actual
     if kind is float:
         return expected == actual or (math.isnan(expected) and math.isnan(actual))
     if kind in (list, tuple):
-        return len(expected) == len(actual) and all(_equal(e, a, depth + 1) for e, a in zip(expected, actual, strict=True))
+        return _equal_members(expected, actual, depth)
     if kind is dict:
         typed = {_typed(key, depth): value for key, value in actual.items()}
         return len(expected) == len(actual) and all(
             (k := _typed(key, depth)) in typed and _equal(value, typed[k], depth + 1) for key, value in expected.items()
         )
-    if kind in (set, frozenset):
-        return {_typed(e, depth) for e in expected} == {_typed(a, depth) for a in actual}
-    return kind in (int, bool, str, bytes, type(None)) and expected == actual
+    return kind in (set, frozenset) and {_typed(e, depth) for e in expected} == {_typed(a, depth) for a in actual}
+
+
+def _equal_members(expected: Sequence[Any], actual: Sequence[Any], depth: int) -> bool:
+    """Of two lists or two tuples; without a Python call per member where ``==`` will do."""
+    kinds = list(map(type, expected))
+    if kinds != list(map(type, actual)):
+        return False
+    if depth < _MAX_DEPTH and _EXACT.issuperset(kinds):
+        return expected == actual
+    return all(map(_equal, expected, actual, repeat(depth + 1)))
 
 
 def _typed(key: Any, depth: int) -> Any:

@@ -323,3 +323,20 @@ RUNNER = {
 for _name, _code in RUNNER.items():
     add("names", f"replaces {_name}", solution(f"import marshal, sys\nf = sys._getframe(1)\n{_code}\nreturn x"), statuses=ANY)
 add("names", "replaces marshalling", f"import marshal\nmarshal.loads = lambda raw, own=marshal.loads: own({ZERO})\n{WRONG}", statuses=ANY)
+
+# -- what the next program would find in the files of this one ------------------------------------------------------------------------
+FILES = {
+    "moves the answer's position": ("os.lseek(4, 1 << 40, 0)", (TAMPER,)),
+    "moves the answer's position a little": ("os.lseek(4, 5000, 0)", (TAMPER,)),
+    "moves the job's position": ("os.lseek(3, 1 << 40, 0)", (OK,)),
+    "fills the job's file": ("os.write(3, b'{' * 100000)", (OK,)),
+    "leaves an answer and ends": (
+        'os.write(4, b\'{"status": "ok", "outputs": [[2], [4]], "returned": true, "bound": true}\' * 99)\nos._exit(0)',
+        (TAMPER,),
+    ),
+    "looks for the last program's job": ("if len(os.pread(3, 1 << 24, 0)) > 1 << 16: Solution.double = lambda self, x: 2 * x", (OK,)),
+}
+for _name, (_does, _statuses) in FILES.items():
+    add("poison", _name, f"{WRONG}\nimport os\n{_does}\n", statuses=_statuses)
+for _name in ("moves the job's position", "fills the job's file"):
+    add("poison", f"{_name}, right", f"{RIGHT}\nimport os\n{FILES[_name][0]}\n", "correct", (OK,))

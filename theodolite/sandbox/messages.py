@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ast
-import itertools
 import json
 import marshal
 import os
 import signal
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, cast
 
 from . import codec, zygote
 from .jobs import Call, Job, Limits, Outcome, Raised, Status
+from .setup_code import Setup
 
 _REPORTED: frozenset[str] = frozenset({"ok", "syntax_error", "runtime_error", "memory", "output_limit"})
 
@@ -49,45 +47,6 @@ def _refuse_foreign(value: Any, depth: int) -> None:
     if not set(map(type, members)) <= _SCALARS:
         for member in members:
             _refuse_foreign(member, depth + 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """Trusted setup code, taken apart and compiled once for all jobs that share it.
-
-    Attributes:
-        imports: Its leading imports of modules that every zygote has loaded, one statement per line; a zygote runs them before any fork.
-        code: The rest, compiled and marshalled; empty when there is none.
-        source: All of it, when it cannot be taken apart: the child then compiles it.
-    """
-
-    imports: str = ""
-    code: bytes = b""
-    source: str = ""
-
-
-@lru_cache(maxsize=64)
-def split_setup(source: str, modules: tuple[str, ...]) -> Setup:
-    """Take setup code apart.
-
-    Args:
-        source: The code.
-        modules: What every zygote has loaded.
-    """
-    try:
-        body = ast.parse(source).body
-        leading = list(itertools.takewhile(lambda statement: _imports_only(statement, modules), body))
-        rest = ast.Module(body[len(leading) :], [])
-        code = marshal.dumps(compile(rest, "<setup>", "exec", dont_inherit=True)) if rest.body else b""
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return Setup(source=source)
-    return Setup("\n".join(map(ast.unparse, leading)), code)
-
-
-def _imports_only(statement: ast.stmt, modules: tuple[str, ...]) -> bool:
-    if isinstance(statement, ast.Import):
-        return all(alias.name in modules for alias in statement.names)
-    return isinstance(statement, ast.ImportFrom) and statement.level == 0 and statement.module in modules
 
 
 def encode_job(job: Job, calls: bytes, token: str, setup: Setup) -> bytes:
@@ -174,13 +133,16 @@ def _read_answer(answer: Any, expected: Expected) -> Outcome:
     outputs = answer["outputs"]
     if not isinstance(outputs, list) or len(outputs) != expected.outputs:
         raise ValueError("wrong number of outputs")
-    return Outcome(known, tuple(_read_output(output) for output in outputs), tampered=tampered)
+    return Outcome(known, tuple(map(_read_output, outputs)), tampered=tampered)
+
+
+_READABLE = codec.READABLE
 
 
 def _read_output(output: Any) -> Any:
-    if isinstance(output, list) and len(output) == 1:
+    if type(output) is list and len(output) == 1:
         value = output[0]
-        return value if type(value) in codec.READABLE else codec.from_wire(value)
+        return value if type(value) in _READABLE else codec.from_wire(value)
     if not isinstance(output, dict):
         raise ValueError("neither a value nor an exception")
     return Raised(str(output["type"])[:80], str(output["message"])[:160])

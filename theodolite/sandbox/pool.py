@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import cast
 
+from . import zygote
 from .jobs import Call, Job, Limits, Outcome
-from .messages import Expected, Setup, encode_calls, encode_job, split_setup
+from .messages import Expected, encode_calls, encode_job
+from .setup_code import Setups
 from .tiers import ATTACKS, CHAIN, PROBE, ConcreteTier, Tier, TierReport, with_reading
 from .worker import Worker, WorkerDied
 
@@ -59,6 +61,7 @@ class Sandbox:
         self._size, self._preload, self._asked = workers, preload, tier
         self._reading = _standard_library() if stdlib_files else ()
         self._workers: list[Worker] = []
+        self._setups = Setups(zygote.FULL_MODULES if preload else zygote.LEAN_MODULES)
         self._lock, self._encoded = threading.Lock(), _CallBytes()
         self._owner: int | None = None
         self._report: TierReport | None = None
@@ -144,7 +147,7 @@ class Sandbox:
     def _run(self, jobs: Sequence[Job], limits: Limits, deadline_s: float | None = None) -> list[Outcome]:
         self._require_started()
         with self._lock:
-            batch = _Batch(jobs, limits, self._workers, self._encoded, deadline_s)
+            batch = _Batch(jobs, limits, self._workers, self._encoded, self._setups, deadline_s)
             try:
                 outcomes = batch.run()
             except BaseException:
@@ -181,9 +184,17 @@ class Sandbox:
 class _Batch:
     """One call of :meth:`Sandbox.run`: an event loop over the workers' control sockets, without threads."""
 
-    def __init__(self, jobs: Sequence[Job], limits: Limits, workers: list[Worker], encoded: _CallBytes, deadline_s: float | None) -> None:
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        limits: Limits,
+        workers: list[Worker],
+        encoded: _CallBytes,
+        setups: Setups,
+        deadline_s: float | None,
+    ) -> None:
         self._expected = [Expected(os.urandom(8).hex(), _output_count(job)) for job in jobs]
-        self._setups = [_setup(job.setup_code, workers) for job in jobs]
+        self._setups = [setups.of(job) for job in jobs]
         self._jobs = [
             encode_job(job, encoded.of(job.calls), expected.token, setup)
             for job, expected, setup in zip(jobs, self._expected, self._setups, strict=True)
@@ -221,7 +232,7 @@ class _Batch:
         index, attempt = self._waiting.popleft()
         self._given[number] = (index, attempt)
         try:
-            worker.submit(self._jobs[index], self._expected[index], self._limits, self._setups[index].imports)
+            worker.submit(self._jobs[index], self._expected[index], self._limits, self._setups[index].prelude)
         except WorkerDied as death:
             self._lost(number, worker, str(death))
 
@@ -272,14 +283,6 @@ def _cores(workers: int) -> list[int | None]:
 def _standard_library() -> tuple[str, ...]:
     paths = sysconfig.get_paths()
     return tuple(sorted({os.path.realpath(paths["stdlib"]), os.path.realpath(paths["platstdlib"])}))
-
-
-def _setup(source: str, workers: list[Worker]) -> Setup:
-    """Setup code taken apart, or as it is where a zygote has no room for its imports."""
-    if not source:
-        return Setup()
-    setup = split_setup(source, workers[0].modules)
-    return setup if all(worker.accepts(setup.imports) for worker in workers) else Setup(source=source)
 
 
 class _CallBytes:

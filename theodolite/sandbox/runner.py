@@ -21,17 +21,18 @@ _encode: Any = c_make_encoder(None, None, encode_basestring_ascii, None, ": ", "
 _WATCHED = {name: vars(builtins)[name] for name in ("__import__", "eval", "exec", "isinstance", "len", "print", "sum", "type")}
 
 
-def answer(raw_job: bytes, output_bytes: int, codec: Any, module: ModuleType) -> bytes:
+def answer(raw_job: bytes, output_bytes: int, codec: Any, module: ModuleType, failure: BaseException | None = None) -> bytes:
     """Run one encoded job and return its encoded answer, at most ``output_bytes`` long (or a note that it would be longer).
 
     Args:
         raw_job: As ``messages.encode_job`` makes it.
         output_bytes: Longest answer.
         codec: The codec module.
-        module: Where the program runs; it may hold imports that the zygote made for it.
+        module: Where the program runs; it may hold imports and definitions that the zygote made for it.
+        failure: What that raised, if anything; then the setup code has failed, and with it the job.
     """
     job = _loads(raw_job)  # from the trusted side
-    frame = _Run(job, output_bytes, codec, module).frame()
+    frame = _Run(job, codec, module, failure).frame()
     if len(frame) > output_bytes:
         return _dumps({"token": job["token"], "status": "output_limit", "error": "the answer is too large"}).encode()
     return frame
@@ -40,8 +41,8 @@ def answer(raw_job: bytes, output_bytes: int, codec: Any, module: ModuleType) ->
 class _Run:
     """One job. ``token`` goes into the answer, so that bytes which a program writes blindly are not taken for one."""
 
-    def __init__(self, job: dict[str, Any], output_bytes: int, codec: Any, module: ModuleType) -> None:
-        self.job, self.output_bytes, self.codec, self.module = job, output_bytes, codec, module
+    def __init__(self, job: dict[str, Any], codec: Any, module: ModuleType, failure: BaseException | None) -> None:
+        self.job, self.codec, self.module, self.failure = job, codec, module, failure
         self.namespace: dict[str, Any] = module.__dict__
         self.bound = False
 
@@ -57,6 +58,8 @@ class _Run:
         except BaseException as error:  # the parser also raises ValueError, MemoryError and RecursionError on sources it cannot take
             return self._encoded("syntax_error", error=_describe(error))
         try:
+            if self.failure is not None:
+                raise self.failure
             for body in bodies:
                 exec(body, self.namespace)
             if job["invoke"] is not None:

@@ -40,8 +40,33 @@ class WorkerDied(Exception):
 class _Running:
     limits: Limits
     expected: Expected
-    answer_fd: int
     deadline: float
+
+
+class _Files:
+    """Where a zygote's jobs and answers lie, one at a time; in memory, without a name. Closed with the worker.
+
+    They are used again for the next program, and nothing of what the last one did to them may be left: it has ended, the content is cut
+    off, the positions are put back, and the filter allowed it nothing else.
+    """
+
+    def __init__(self) -> None:
+        self.job, self.answer = os.memfd_create("job"), os.memfd_create("answer")
+
+    def put(self, job: bytes) -> None:
+        for file in (self.job, self.answer):
+            os.ftruncate(file, 0)
+            os.lseek(file, 0, os.SEEK_SET)
+        written = 0
+        while written < len(job):
+            written += os.pwrite(self.job, job[written:] if written else job, written)
+
+    def take(self, most: int) -> bytes:
+        return os.pread(self.answer, min(os.fstat(self.answer).st_size, most), 0)
+
+    def close(self) -> None:
+        os.close(self.job)
+        os.close(self.answer)
 
 
 class Worker:
@@ -70,8 +95,9 @@ class Worker:
         self._start_timeout_s, self._grace_s = start_timeout_s, grace_s
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._files: _Files | None = None
         self._running: _Running | None = None
-        self._preludes: dict[str, int] = {}
+        self._preludes: dict[bytes, int] = {}
         self.in_force: dict[str, Any] = {}
         """What the zygote said of itself when it came up: the version of Landlock (0: none)."""
 
@@ -105,12 +131,13 @@ class Worker:
         """Start a zygote (killing an old one) without waiting for it."""
         self.kill()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        parent = os.pidfd_open(os.getpid())
+        parent, files = os.pidfd_open(os.getpid()), _Files()
+        passed = {"job": files.job, "answer": files.answer, "control": theirs.fileno(), "parent": parent}
         try:
             with theirs:
                 self._process = subprocess.Popen(
-                    self._command(theirs.fileno(), parent),
-                    pass_fds=[theirs.fileno(), parent],
+                    self._command(passed),
+                    pass_fds=list(passed.values()),
                     env=_environment(),
                     cwd="/",
                     stdin=subprocess.DEVNULL,
@@ -120,20 +147,14 @@ class Worker:
                 )
         except BaseException:
             ours.close()
+            files.close()
             raise
         finally:
             os.close(parent)
-        self._control, self._preludes = ours, {}
+        self._control, self._files, self._preludes = ours, files, {}
 
-    def _command(self, control: int, parent: int) -> list[str]:
-        settings = {
-            "control": control,
-            "parent": parent,
-            "tier": self._tier,
-            "modules": self._modules,
-            "reading": self._reading,
-            "cpu": self._cpu,
-        }
+    def _command(self, passed: dict[str, int]) -> list[str]:
+        settings = passed | {"tier": self._tier, "modules": self._modules, "reading": self._reading, "cpu": self._cpu}
         return [
             *wrapper(self._tier, _SCRIPT.parent),
             sys.executable,
@@ -162,9 +183,7 @@ class Worker:
 
     def kill(self) -> None:
         """End the zygote and its child, if any; idempotent."""
-        if self._running is not None:
-            os.close(self._running.answer_fd)
-            self._running = None
+        self._running = None
         if self._control is not None:
             self._control.close()
             self._control = None
@@ -175,50 +194,36 @@ class Worker:
             if self._process.stderr:
                 self._process.stderr.close()
             self._process = None
+        if self._files is not None:
+            self._files.close()
+            self._files = None
 
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """What the zygote imports before any fork."""
-        return zygote.FULL_MODULES if self._modules == "full" else zygote.LEAN_MODULES
-
-    def submit(self, job: bytes, expected: Expected, limits: Limits, imports: str = "") -> None:
+    def submit(self, job: bytes, expected: Expected, limits: Limits, prelude: bytes = b"") -> None:
         """Hand over an encoded job.
 
         Args:
             job: The job.
             expected: What its answer must look like.
             limits: What it may use.
-            imports: Import statements that the child finds done; see ``messages.Setup``.
+            prelude: Statements that the child finds done; see ``setup_code.Setup``. At most ``zygote.MAX_PRELUDES`` different ones.
 
         Raises:
             WorkerDied: The zygote is gone.
         """
-        job_fd, answer_fd = os.memfd_create("job"), os.memfd_create("answer")
-        self._running = _Running(limits, expected, answer_fd, time.monotonic() + limits.wall_s + self._grace_s)
+        self._running = _Running(limits, expected, time.monotonic() + limits.wall_s + self._grace_s)
+        sizes = (limits.memory_mb << 20, limits.output_kb << 10)
         try:
-            sizes = (limits.memory_mb << 20, limits.output_kb << 10)
-            request = zygote.REQUEST.pack(limits.cpu_s, limits.wall_s, *sizes, len(job), self._prelude(imports))
-            written = 0
-            while written < len(job):
-                written += os.pwrite(job_fd, job[written:], written)
-            socket.send_fds(self._socket(), [request], [job_fd, answer_fd])
+            cast(_Files, self._files).put(job)
+            self._socket().send(zygote.REQUEST.pack(limits.cpu_s, limits.wall_s, *sizes, len(job), self._number(prelude)))
         except OSError as error:
             raise WorkerDied(str(error)) from error
-        finally:
-            os.close(job_fd)
 
-    def _prelude(self, imports: str) -> int:
-        """The number under which the zygote knows the imports; it is told when it does not."""
-        if imports and imports not in self._preludes:
-            self._socket().send(imports.encode())
-            self._preludes[imports] = len(self._preludes) + 1
-        return self._preludes.get(imports, 0)
-
-    def accepts(self, imports: str) -> bool:
-        """The zygote knows these imports, or has room for them."""
-        size = len(imports.encode())
-        fits = size < zygote.PRELUDE_BYTES and size != zygote.REQUEST.size
-        return imports in self._preludes or not imports or (fits and len(self._preludes) < zygote.MAX_PRELUDES)
+    def _number(self, prelude: bytes) -> int:
+        """The number under which the zygote knows the prelude; it is told when it does not."""
+        if prelude and prelude not in self._preludes:
+            self._socket().send(prelude)
+            self._preludes[prelude] = len(self._preludes) + 1
+        return self._preludes.get(prelude, 0)
 
     def collect(self) -> Outcome:
         """The outcome of the ended job. Raises :class:`WorkerDied` when the zygote ended instead."""
@@ -229,9 +234,7 @@ class Worker:
             raise WorkerDied(str(error)) from error
         if len(reply) != zygote.REPLY.size:
             raise WorkerDied("the fork server ended")
-        size = min(os.fstat(running.answer_fd).st_size, (running.limits.output_kb << 10) + 1)
-        raw = os.pread(running.answer_fd, size, 0)
-        os.close(running.answer_fd)
+        raw = cast(_Files, self._files).take((running.limits.output_kb << 10) + 1)
         self._running = None
         return judge(zygote.REPLY.unpack(reply), raw, running.limits, running.expected)
 

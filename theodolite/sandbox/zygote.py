@@ -4,13 +4,13 @@ Started by path as a program of its own (``python -s -P -S zygote.py SETTINGS``)
 answers) is in its memory. It passes descriptors on and never reads a job or an answer: a child is a copy of this process and would find
 them.
 
-``SETTINGS`` is a JSON object: ``control`` and ``parent`` (descriptors: the control socket, and a pidfd of the trusted process), ``modules``
-(``full`` or ``lean``), ``tier`` (see ``tiers.py``), ``reading`` (folders that programs may read; usually none) and ``cpu`` (the core to
-stay on, or null).
+``SETTINGS`` is a JSON object: ``job``, ``answer``, ``control`` and ``parent`` (descriptors: files that hold the one job and the one answer
+there are at a time, the control socket, and a pidfd of the trusted process), ``modules`` (``full`` or ``lean``), ``tier`` (see
+``tiers.py``), ``reading`` (folders that programs may read; usually none) and ``cpu`` (the core to stay on, or null).
 
-Control messages (SOCK_SEQPACKET): first out, a JSON object that says what is in force; then in, :data:`REQUEST` and two descriptors (job,
-answer), and out, :data:`REPLY`. A message of any other length is a prelude: import statements, of modules that are loaded already, which
-the trusted side took from setup code; children that name it start with them done.
+Control messages (SOCK_SEQPACKET): first out, a JSON object that says what is in force; then in, :data:`REQUEST`, when the job is in its
+file, and out, :data:`REPLY`, when the answer is. A message of any other length is a prelude: marshalled code which the trusted side took
+from setup code, imports of modules that are loaded already and definitions that compute nothing; children that name it start with it done.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import socket
 import struct
 import sys
 import time
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -45,7 +46,7 @@ PRELUDE_BYTES = 16384
 REPLY = struct.Struct("=iddQB")
 """Wait status (-1: no child), CPU seconds, wall seconds, peak resident bytes, 1 if killed at the wall limit."""
 
-_DESCRIPTORS, _STATUS = struct.Struct("=ii"), struct.Struct("=i")
+_STATUS = struct.Struct("=i")
 _USAGE = struct.Struct("=5q")
 """How ``struct rusage`` begins on 64-bit Linux: user time, system time (s, us each), peak resident KiB."""
 
@@ -96,7 +97,7 @@ def main() -> None:
     parts = {name: _sibling(name) for name in ("codec", "landlock", "lockdown", "runner")}
     if settings["tier"] == "namespaces":  # all is imported: whoever may read the interpreter here may not be allowed to in there
         _sibling("namespaces").enter(ctypes.CDLL(None, use_errno=True))
-    control, parent = _reserve_low_descriptors(settings["control"], settings["parent"])
+    control, parent = _reserve_low_descriptors(*(settings[name] for name in ("job", "answer", "control", "parent")))
     server = _Server(socket.socket(fileno=control), parent, settings, parts)
     for _ in range(20):
         server.rehearse()
@@ -120,19 +121,18 @@ def _import_all(names: tuple[str, ...]) -> None:
 
 
 def _reserve_low_descriptors(*wanted: int) -> list[int]:
-    """Put /dev/null on 0-4 but 2, so that a passed descriptor never lands there, the wanted ones right above, and close all others."""
-    aside = max(ANSWER_FD + len(wanted), *wanted) + 1
+    """Put /dev/null on 0 and 1, the wanted ones on 3 (:data:`JOB_FD`) and up, and close all others; returns those beyond the answer."""
+    aside = max(JOB_FD + len(wanted), *wanted) + 1
     for place, descriptor in enumerate(wanted):
         os.dup2(descriptor, aside + place, inheritable=False)
     null = os.open(os.devnull, os.O_RDWR)
-    for low in range(ANSWER_FD + 1):
-        if low not in (2, null):
-            os.dup2(null, low)
-    moved = [ANSWER_FD + 1 + place for place in range(len(wanted))]
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    moved = [JOB_FD + place for place in range(len(wanted))]
     for place, descriptor in enumerate(moved):
         os.dup2(aside + place, descriptor, inheritable=False)
     os.closerange(moved[-1] + 1, aside + len(wanted) + 64)
-    return moved
+    return moved[ANSWER_FD + 1 - JOB_FD :]
 
 
 class _Server:
@@ -144,8 +144,9 @@ class _Server:
         # The C library's fork instead of os.fork: no thread exists here, so Python's after-fork repairs (a third of a job's cost) are void.
         self.fork, self.wait4 = ctypes.PyDLL(None).fork, ctypes.PyDLL(None).wait4
         self.status, self.usage = ctypes.create_string_buffer(_STATUS.size), ctypes.create_string_buffer(144)
+        self.limits = lru_cache(maxsize=16)(self.jail.limits)
         self.parent = parent
-        self.preludes = [ModuleType("solution")]
+        self.preludes: list[tuple[ModuleType, BaseException | None]] = [(ModuleType("solution"), None)]
         self.last = max(control.fileno(), parent)
         self.idle, self.running = select.poll(), select.poll()
         self.idle.register(control, select.POLLIN)
@@ -174,41 +175,35 @@ class _Server:
             ready = dict(self.idle.poll())
             if self.parent in ready:  # someone forked from the parent may still hold its end of the socket, which then never closes
                 os._exit(0)
-            request, ancillary, _, _ = self.control.recvmsg(PRELUDE_BYTES, socket.CMSG_LEN(2 * 4))
+            request = self.control.recv(PRELUDE_BYTES)
             if not request:
                 os._exit(0)
             if len(request) != REQUEST.size:
-                self._add_prelude(request.decode())
+                self._add_prelude(request)
                 continue
-            self._place(*_DESCRIPTORS.unpack(ancillary[0][2]))
             reply = self._run_child(*REQUEST.unpack(request))
             try:
                 self.control.send(reply)
             except BrokenPipeError:  # the parent left; the next poll says so
                 continue
 
-    @staticmethod
-    def _place(job: int, answer: int) -> None:
-        """Put what was passed where the child looks for it; what a server writes after a fork is copied, so it does this before."""
-        os.dup2(job, JOB_FD)
-        os.dup2(answer, ANSWER_FD)
-        os.close(job)
-        os.close(answer)
-
-    def _add_prelude(self, imports: str) -> None:
-        """Make a module that children find with its imports done."""
-        module = ModuleType("solution")
-        exec(imports, module.__dict__)
-        self.preludes.append(module)
+    def _add_prelude(self, code: bytes) -> None:
+        """Make a module that children find with the prelude done, or with what it raised, for them to report."""
+        module, failure = ModuleType("solution"), None
+        try:
+            exec(marshal.loads(code), module.__dict__)
+        except BaseException as error:
+            failure = error.with_traceback(None)
+        self.preludes.append((module, failure))
         gc.collect()
         gc.freeze()
 
     def _run_child(self, cpu_s: float, wall_s: float, memory_bytes: int, output_bytes: int, job_bytes: int, prelude: int) -> bytes:
-        limits, module, zygote = self.jail.limits(cpu_s, memory_bytes, output_bytes), self.preludes[prelude], os.getpid()
+        limits, ready, zygote = self.limits(cpu_s, memory_bytes, output_bytes), self.preludes[prelude], os.getpid()
         started = time.monotonic()
         pid = self.fork()
         if pid == 0:
-            self._child(zygote, limits, cpu_s, job_bytes, output_bytes, module)
+            self._child(zygote, limits, cpu_s, job_bytes, output_bytes, *ready)
         if pid < 0:
             return REPLY.pack(-1, 0.0, 0.0, 0, 0)
         killed = not self._wait(pid, started + wall_s)
@@ -240,7 +235,7 @@ class _Server:
             self.running.unregister(process)
             os.close(process)
 
-    def _child(self, zygote: int, limits: Any, cpu_s: float, job_bytes: int, output_bytes: int, module: ModuleType) -> None:
+    def _child(self, zygote: int, limits: Any, cpu_s: float, job_bytes: int, output_bytes: int, *ready: Any) -> None:
         """Lock down, then read the job, run it, answer, end. Never returns."""
         try:
             os.closerange(ANSWER_FD + 1, self.last + 1)  # the control socket and the parent
@@ -248,7 +243,7 @@ class _Server:
         except BaseException:
             os.kill(os.getpid(), LOCKDOWN_FAILED)
         try:
-            answer = self.runner.answer(_read_all(job_bytes), output_bytes, self.codec, module)
+            answer = self.runner.answer(_read_all(job_bytes), output_bytes, self.codec, *ready)
             while answer:
                 answer = answer[os.write(ANSWER_FD, answer) :]
         except BaseException:
@@ -257,11 +252,10 @@ class _Server:
 
 
 def _read_all(size: int) -> bytes:
-    parts: list[bytes] = []
-    while part := os.read(JOB_FD, size):
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
+    job = os.pread(JOB_FD, size, 0)  # the position belongs to all programs together
+    while len(job) < size and (part := os.pread(JOB_FD, size - len(job), len(job))):
+        job += part
+    return job
 
 
 def _sibling(name: str) -> ModuleType:
