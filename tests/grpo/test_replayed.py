@@ -26,19 +26,19 @@ def replay(folder: Path) -> dict[str, Any]:
 
 
 def test_a_replayed_run_learns_what_the_recorded_one_did(tmp_path: Path) -> None:
-    recorded, _ = fit(tmp_path, steps=3, table_every=1)
+    recorded, _ = fit(tmp_path, steps=2, table_every=1)
     completions = tmp_path / "completions"
-    again, trainer = fit(tmp_path / "again", steps=3, rollout=replay(completions), mismatch=None)
+    again, trainer = fit(tmp_path / "again", steps=2, rollout=replay(completions), mismatch=None)
     assert isinstance(again.engine, RolloutEngine)
     first, second = weights_of(recorded), weights_of(again)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert float(trainer.logged_metrics["train/sampler_gap"]) < 1e-5
-    other, _ = fit(tmp_path / "other", steps=3, rollout=replay(completions), advantage_scale="none")
+    other, _ = fit(tmp_path / "other", steps=1, rollout=replay(completions), advantage_scale="none")
     assert any(not torch.equal(value, weights_of(other)[name]) for name, value in first.items()), "under another objective"
     with pytest.raises(ValueError, match=r"holds 4 completions of a prompt where 2 are asked for"):
         fit(tmp_path / "smaller", steps=1, rollout=replay(completions), group_size=2)
-    with pytest.raises(ValueError, match=r"step_000003.parquet was not recorded"):
-        fit(tmp_path / "longer", steps=4, rollout=replay(completions))
+    with pytest.raises(ValueError, match=r"step_000002.parquet was not recorded"):
+        fit(tmp_path / "longer", steps=3, rollout=replay(completions))
     with pytest.raises(ValueError, match="holds no tables of rollouts"):
         fit(tmp_path / "nothing", rollout=replay(tmp_path / "nowhere"))
 

@@ -54,12 +54,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return policy_folder(tmp_path_factory.mktemp("policy") / "policy")
 
 
-@pytest.fixture
-def engine(folder: Path, tmp_path: Path) -> Iterator[tuple[VLLMServerRollout, Holding]]:
+@pytest.fixture(scope="module")
+def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[VLLMServerRollout, Holding]]:
     server = Holding(FakeVLLM(folder))
     with serving(server) as url:
         made = VLLMServerRollout(url, timeout_s=20.0, connect_timeout_s=5.0)
-        made.setup(load(folder, lora=True), (END,), 0, tmp_path)
+        made.setup(load(folder, lora=True), (END,), 0, tmp_path_factory.mktemp("run"))
         made.sync(0)
         yield made, server
 
