@@ -1,6 +1,7 @@
 # Every target makes what it needs first: `make demo` or `make test` on a fresh clone is enough.
 
-PYTHON := $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+# the first that runs: one on the PATH may be a stand-in of pyenv for a version that is not chosen
+PYTHON := $(shell for each in python3.11 python3.12 python3; do $$each -c "" 2>/dev/null && echo $$each && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -20,7 +21,7 @@ setup: $(STAMP) ## .venv with everything, at the tested versions
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make setup: Python 3.11 or newer is needed, and there is no python3 on the PATH."; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make setup: $(PYTHON) is older than Python 3.11."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make setup: $(PYTHON) does not run, or is older than Python 3.11."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (a few minutes the first time)"
 	@$(PIP) -c constraints.txt -e ".[dev]"
@@ -79,14 +80,19 @@ bench-grading: setup ## cost of grading beside one interpreter per execution; JS
 # SPD needs Python 3.12 or newer and pins of its own; SPD=folder uses a checkout that is there
 SPD := .venv-spd/spd
 SPD_COMMIT := 2ab728c04940a71ee34948733e0c10e322367509
+# a name on the path need not work: pyenv has one for every version that it holds, also for those that it does not use
+SPD_PYTHON ?= $(firstword $(foreach name,python3.13 python3.12,$(shell $(name) --version >/dev/null 2>&1 && echo $(name))) \
+	$(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python3.13 $(HOME)/.pyenv/versions/3.12.*/bin/python3.12))
 
 bench-pgd: .venv-spd/.installed $(SPD) ## attacks and decomposition steps beside SPD's; JSON=FILE keeps the numbers, SPD=checkout
 	@OMP_NUM_THREADS=1 .venv-spd/bin/python benchmarks/pgd.py --spd-root $(SPD) $(if $(JSON),--json $(JSON))
 
+# SPD imports an older wandb than this package asks for, so one call cannot resolve both; nothing here logs to it
 .venv-spd/.installed: pyproject.toml constraints.txt
-	@command -v python3.13 >/dev/null || command -v python3.12 >/dev/null || { echo "make bench-pgd: SPD needs Python 3.12 or 3.13."; exit 1; }
-	@test -x .venv-spd/bin/python || $$(command -v python3.13 || command -v python3.12) -m venv .venv-spd
-	@.venv-spd/bin/python -m pip install -qq --disable-pip-version-check --no-input -e . jaxtyping einops fire python-dotenv "pydantic<2.12" "wandb<0.22" "wandb-workspaces==0.1.12"
+	@test -n "$(SPD_PYTHON)" || { echo "make bench-pgd: SPD needs Python 3.12 or 3.13; SPD_PYTHON=path names one."; exit 1; }
+	@test -x .venv-spd/bin/python || $(SPD_PYTHON) -m venv .venv-spd
+	@.venv-spd/bin/python -m pip install -qq --disable-pip-version-check --no-input -e . jaxtyping einops fire python-dotenv "pydantic<2.12"
+	@.venv-spd/bin/python -m pip install -qq --disable-pip-version-check --no-input "wandb<0.22" "wandb-workspaces==0.1.12" 2>/dev/null
 	@touch $@
 
 .venv-spd/spd:

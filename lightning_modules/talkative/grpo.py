@@ -2,11 +2,11 @@
 
 Run it (CPU; the toy system, after its warm start)::
 
-    theodolite fit --config configs/talkative/grpo.yaml --model.weights runs/sft/talkative
+    theodolite fit --config configs/talkative/sft.yaml --config configs/talkative/grpo.yaml --model.weights runs/sft/talkative
 
 On several processes the same config computes the same numbers::
 
-    torchrun --nproc_per_node=2 train.py fit --config configs/talkative/grpo.yaml --trainer.devices=2 --trainer.strategy=ddp ...
+    torchrun --nproc_per_node=2 train.py fit --config configs/talkative/sft.yaml --config configs/talkative/grpo.yaml --trainer.devices=2
 
 The objective is ``theodolite.functional``'s, on policy: one optimizer step per window of texts. The in-loop reconstructor regresses the
 same texts in the same step, since a frozen one is soon exploited. The held-out one gets no gradient.

@@ -2,7 +2,7 @@
 
 Run it (CPU; the toy system, after its warm start)::
 
-    theodolite fit --config configs/talkative/gumbel.yaml --model.weights runs/sft/talkative
+    theodolite fit --config configs/talkative/sft.yaml --config configs/talkative/gumbel.yaml --model.weights runs/sft/talkative
 
 Forward, every token is an exact sample at the sampling temperature; backward, its one-hot has the gradient of a Gumbel-softmax at
 temperature tau (arXiv 1611.01144). Texts have a fixed length: an end token would have no gradient to what it cuts off.

@@ -7,7 +7,7 @@ Run it (CPU; a language model trained on the spot, then its transcoders)::
 On real models::
 
     theodolite fit --config configs/transcoder/gpt2.yaml
-    torchrun --nproc_per_node=2 train.py fit --config configs/transcoder/gemma2_2b.yaml --trainer.devices=2 --trainer.strategy=ddp
+    torchrun --nproc_per_node=2 train.py fit --config configs/transcoder/gpt2.yaml --trainer.devices=2 --trainer.strategy=ddp
 
 Where it deviates from the papers: docs/transcoder.md.
 """
