@@ -154,6 +154,7 @@ class PolicyModule(ShardedWeights, ManualModule):
 
     def setup(self, stage: str) -> None:
         """Refuse a precision that cannot train; let no precision plugin walk into a batch: rows hold no tensors, and frozen ones fail."""
+        super().setup(stage)
         if stage == "fit":
             check_precision(str(self.trainer.precision))
         cast(Any, self.trainer).precision_plugin.convert_input = _as_is

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -57,7 +58,19 @@ def check_sharding(module: Any, watchers: Sequence[str]) -> None:
 class ShardedWeights(AdapterCheckpoints):
     """A module whose models may lie in shards: the first of them is trained. Without any, nothing here does anything."""
 
+    shards = False
+    """Whether a subclass trains under ``ModelParallelStrategy``."""
     _sharded: Sequence[ShardedModel] = ()
+
+    def setup(self, stage: str) -> None:
+        """Refuse a strategy that would shard nothing.
+
+        Raises:
+            ValueError: The strategy is ``ModelParallelStrategy``, and this module keeps its weights whole.
+        """
+        super().setup(stage)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self.shards:
+            raise ValueError(f"{type(self).__name__} does not lay its weights in shards; set trainer.strategy to ddp.")
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters that are optimised, in the model's order."""

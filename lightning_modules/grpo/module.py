@@ -91,6 +91,8 @@ class GRPOModule(CollectionModule):
         policy_args: Everything else: see :class:`~theodolite.lightning_modules.policy_module.PolicyModule`.
     """
 
+    shards = True
+
     def __init__(
         self,
         group_size: int = 8,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -27,6 +28,7 @@ from theodolite.doctor import shards
 from theodolite.functional.extraction import haar_random_like
 from theodolite.lightning_modules.grpo.losses import TokenBatch
 from theodolite.lightning_modules.grpo.module import GRPOModule
+from theodolite.lightning_modules.sft import SFTModule
 from theodolite.lightning_modules.sharded_weights import check_sharding
 from theodolite.lightning_modules.sharding import decoder_layers
 
@@ -115,6 +117,7 @@ def projection(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(1200)
 def test_two_ranks_in_shards_compute_what_one_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     cases: dict[str, dict[str, Any]] = CASES | {"projected": {"callbacks": (projection(tmp_path),)}}
@@ -213,6 +216,13 @@ def test_what_shards_cannot_do_is_refused_in_one_sentence(settings: dict[str, An
     check_sharding(stub(), [])
     with pytest.raises(ValueError, match=said):
         check_sharding(stub(**settings), watchers)
+
+
+def test_a_module_that_would_keep_its_weights_whole_says_so() -> None:
+    module: Any = SFTModule(policy={"model_type": "qwen3"}, train_tokenizer={"vocab_size": 280})
+    module._trainer = SimpleNamespace(strategy=object.__new__(ModelParallelStrategy))
+    with pytest.raises(ValueError, match="SFTModule does not lay its weights in shards"):
+        module.setup("fit")
 
 
 def test_a_checkpoint_whose_weights_would_not_all_find_their_shards_is_refused() -> None:
