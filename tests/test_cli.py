@@ -149,6 +149,7 @@ def test_wrong_command_is_one_sentence(refusal: Callable[..., str]) -> None:
     assert "comes after the subcommand" in refusal("--config", "tiny.yaml", "fit")
     assert "'tiny.yaml'" in refusal("fit", "--config", "tinny.yaml")
     assert "no model is given" in refusal("fit")
+    assert "SFTModule predicts nothing" in refusal("predict", "--model=SFTModule", "--model.policy=nowhere")
 
 
 def test_required_argument_that_no_layer_sets_is_named(refusal: Callable[..., str]) -> None:

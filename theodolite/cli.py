@@ -36,7 +36,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
 
 from theodolite.atomic_checkpoints import AtomicCheckpointIO
-from theodolite.config_check import Checker
+from theodolite.config_check import Checker, check_predicts
 from theodolite.config_layers import ConfigError, Layer, closest, config_files, merged, read_layers, texts
 from theodolite.distributed import leave_process_group
 from theodolite.launched_ranks import end_with_this_process
@@ -253,6 +253,7 @@ def check_args(args: Sequence[str]) -> None:
         checker.check(layers)
     if "model" not in checker.classes:
         raise ConfigError(f"no model is given: theodolite {args[0]} needs --config <file>.yaml, or --model=<class>.")
+    check_predicts(args[0], checker.classes["model"])
 
 
 def _print_memory(args: list[str]) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse._parameter_resolvers import get_signature_parameters
+from lightning.pytorch import LightningModule
 
 from theodolite.config_layers import ConfigError, Layer, closest, one_line, show
 
@@ -168,6 +169,17 @@ class Checker:
         missing = [name for name in _required_names(owner) if name not in self.given.get(key, set())]
         if missing:
             raise ConfigError(f"{key}.init_args.{missing[0]} is not set, and {owner.__name__} has no default for it.")
+
+
+def check_predicts(subcommand: str, owner: type) -> None:
+    """Refuse ``predict`` for a module without anything that it could call (Lightning's own ``predict_step`` calls ``forward``).
+
+    Raises:
+        ConfigError: The module has neither ``predict_step`` nor ``forward``.
+    """
+    methods = ("predict_step", "forward")
+    if subcommand == "predict" and all(getattr(owner, name, None) is getattr(LightningModule, name) for name in methods):
+        raise ConfigError(f"{owner.__name__} predicts nothing: it has neither predict_step nor forward; theodolite test evaluates it.")
 
 
 def accepted(owner: type) -> dict[str, Any]:
