@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import marshal
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,3 +146,12 @@ def test_a_program_finds_nothing_of_the_one_before_in_its_files_and_nothing_move
     first, second = sandbox.run([job(rude), job(looks)])
     assert first.status == "tamper"  # its answer lies beyond the size that its file may have
     assert second.outputs == ([False, False, True, 0, 0, 0],)
+
+
+def test_a_fork_servers_memory_lies_in_large_pages_where_the_kernel_gives_them(sandbox):
+    kernel = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if kernel < (6, 1) or not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this kernel gives no large pages on request")
+    rollup = Path(f"/proc/{sandbox.worker_pids[0]}/smaps_rollup").read_text()
+    assert int(rollup.split("AnonHugePages:")[1].split()[0]) >= 4096  # KiB; what the server writes to while a child lives is split again

@@ -236,7 +236,7 @@ def test_the_filter_allows_its_table_and_nothing_else(machine, reading):
 
 
 def test_the_zygotes_files_import_the_standard_library_only():
-    for name in ("zygote", "runner", "codec", "lockdown", "landlock", "namespaces"):
+    for name in ("zygote", "runner", "codec", "lockdown", "landlock", "namespaces", "memory"):
         tree = ast.parse((Path(worker._SCRIPT).parent / f"{name}.py").read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.Import | ast.ImportFrom):

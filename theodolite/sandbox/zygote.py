@@ -93,6 +93,8 @@ def main() -> None:
         os.environ.pop(name, None)
     if settings["cpu"] is not None:
         os.sched_setaffinity(0, {settings["cpu"]})
+    memory = _sibling("memory")
+    memory.reserve()
     _import_all(FULL_MODULES if settings["modules"] == "full" else LEAN_MODULES)
     parts = {name: _sibling(name) for name in ("codec", "landlock", "lockdown", "runner")}
     if settings["tier"] == "namespaces":  # all is imported: whoever may read the interpreter here may not be allowed to in there
@@ -101,6 +103,7 @@ def main() -> None:
     server = _Server(socket.socket(fileno=control), parent, settings, parts)
     for _ in range(20):
         server.rehearse()
+    memory.collapse()
     server.confine(settings["reading"])
     random.seed(0)  # a verdict must not depend on luck
     gc.collect()
