@@ -24,10 +24,19 @@ from tiny_policies import callback, config, grpo, prompts
 
 PHASES = ("rollouts", "grading", "microbatch", "update", "checkpoint")
 STEPS, EVERY = 6, 2
-MOMENTS = random.Random(5).sample([(phase, step, 0) for phase in PHASES for step in range(EVERY, STEPS)], 10)
-BOTH_RANKS = [(phase, step, rank) for phase in PHASES for step in range(EVERY, STEPS) for rank in range(2 if phase != "checkpoint" else 1)]
-MOMENTS_ON_TWO = random.Random(11).sample(BOTH_RANKS, 10)
-"""Phase, step, and the rank that dies; only rank 0 writes checkpoints."""
+Moment = tuple[str, int, int, int]
+"""Phase, optimizer steps before, the rank that dies, and how many tokens, completions or microbatches of the phase it completes."""
+
+
+def drawn(seed: int, ranks: int) -> list[Moment]:
+    """Ten moments; only rank 0 writes checkpoints."""
+    rng = random.Random(seed)
+    steps = range(EVERY, STEPS)
+    places = [(phase, step, rank) for phase in PHASES for step in steps for rank in range(1 if phase == "checkpoint" else ranks)]
+    return [(*place, rng.randint(1, 2 if place[0] == "microbatch" else 4)) for place in rng.sample(places, 10)]
+
+
+MOMENTS, MOMENTS_ON_TWO = drawn(5, 1), drawn(11, 2)
 LIMIT_S = 280.0
 HERE = Path(__file__).resolve().parent
 
@@ -36,42 +45,60 @@ class KillAt(Callback):
     """Kills its process inside of a phase.
 
     Args:
-        phase: ``rollouts`` (between two decoded tokens), ``grading``, ``microbatch`` (after the first), ``update`` or ``checkpoint`` (in
-            the middle of writing the file).
+        phase: ``rollouts`` (between two decoded tokens), ``grading`` (between two completions), ``microbatch`` (after one),
+            ``update`` (after it) or ``checkpoint`` (half of the file is written).
         step: Optimizer steps taken before.
         rank: Which process dies.
+        after: Tokens, completions or microbatches that it completes.
     """
 
-    def __init__(self, phase: str, step: int, rank: int = 0) -> None:
+    def __init__(self, phase: str, step: int, rank: int = 0, after: int = 1) -> None:
         super().__init__()
-        self.at, self.step, self.rank = phase, step, rank
+        self.at, self.step, self.rank, self.left = phase, step, rank, after
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step != self.step or trainer.global_rank != self.rank:
             return
         if self.at == "rollouts":
-            calls: list[int] = []
-            pl_module.causal_lm.register_forward_pre_hook(lambda *arguments: self._die() if len(calls) > 3 else calls.append(1))
+            pl_module.causal_lm.register_forward_pre_hook(lambda *arguments: self._begin())
         elif self.at == "grading":
-            trainer.datamodule.environment.one = lambda *arguments: self._die()
+            environment = trainer.datamodule.environment
+            grade = environment.one
+            environment.one = lambda *arguments: (self._begin(), grade(*arguments))[1]
         elif self.at == "checkpoint":
-            trainer.strategy.checkpoint_io.save_checkpoint = self._half_a_file
+            checkpoint_io = trainer.strategy.checkpoint_io
+            self._save, checkpoint_io.save_checkpoint = checkpoint_io.save_checkpoint, self._half_a_file
 
-    def _half_a_file(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_bytes(b"half of a checkpoint")
+    def _half_a_file(self, *arguments: Any, **keywords: Any) -> None:
+        os.fsync = self._halve_and_die
+        self._save(*arguments, **keywords)
+
+    def _halve_and_die(self, descriptor: int) -> None:
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
         self._die()
 
     def on_microbatch_gradients(self, trainer: Any, pl_module: Any, window: Any, part: str) -> None:
         if self.at == "microbatch" and trainer.global_step == self.step and trainer.global_rank == self.rank:
-            self._die()
+            self.left -= 1
+            if not self.left:
+                self._die()
 
     def on_after_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if self.at == "update" and trainer.global_step == self.step + 1 and trainer.global_rank == self.rank:
             self._die()
 
+    def _begin(self) -> None:
+        if not self.left:
+            self._die()
+        self.left -= 1
+
     def _die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    """What a person would resume from: the latest file with a checkpoint's name."""
+    return max((run_dir / "checkpoints").glob("*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
 
 
 def written(folder: Path, name: str, *more: dict[str, Any]) -> str:
@@ -136,27 +163,29 @@ def logs(folder: Path, ranks: int) -> str:
     return "".join((folder / f"log-{rank}.txt").read_text()[-3000:] for rank in range(ranks))
 
 
-def kill_and_resume(folder: Path, ranks: int, moments: list[tuple[str, int, int]]) -> None:
+def kill_and_resume(folder: Path, ranks: int, moments: list[Moment]) -> None:
     whole = folder / "run-whole"
     assert run(folder, ranks, written(folder, "whole"), whole) == [0] * ranks, logs(folder, ranks)
-    for number, (phase, step, rank) in enumerate(moments):
+    for number, (phase, step, rank, after) in enumerate(moments):
         name = f"killed-{number}"
-        killer = callback("test_killed_runs.KillAt", phase=phase, step=step, rank=rank)
+        killer = callback("test_killed_runs.KillAt", phase=phase, step=step, rank=rank, after=after)
         killed = folder / f"run-{name}"
         codes = run(folder, ranks, written(folder, name, killer), killed)
         assert codes[rank] == -signal.SIGKILL, f"{phase} {step} {rank}: {codes} {logs(folder, ranks)}"
-        last = step // EVERY * EVERY
-        checkpoint = killed / "checkpoints" / f"step={last}.ckpt"
+        checkpoint = newest_checkpoint(killed)
+        assert checkpoint.name == f"step={step // EVERY * EVERY}.ckpt", "half of a later one must not look like a checkpoint"
+        assert bool(list(checkpoint.parent.glob(".*.part"))) == (phase == "checkpoint")
         assert run(folder, ranks, written(folder, name), killed, f"--ckpt_path={checkpoint}") == [0] * ranks, logs(folder, ranks)
         assert_same_run(whole, killed)
         assert same_weights(folder / "witness-whole", folder / f"witness-{name}", ranks), (phase, step, rank)
-        print(json.dumps({"ranks": ranks, "phase": phase, "step": step, "rank": rank, "resumed_from": last, "identical": True}), flush=True)
+        said = {"ranks": ranks, "phase": phase, "step": step, "rank": rank, "after": after, "resumed_from": checkpoint.stem}
+        print(json.dumps(said | {"identical": True}), flush=True)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_ten_random_kills_on_one_rank_leave_the_bytes_of_the_uninterrupted_run(tmp_path: Path) -> None:
-    assert {phase for phase, _, _ in MOMENTS} == set(PHASES)
+    assert {phase for phase, *_ in MOMENTS} == set(PHASES)
     kill_and_resume(tmp_path, 1, MOMENTS)
 
 
@@ -164,6 +193,6 @@ def test_ten_random_kills_on_one_rank_leave_the_bytes_of_the_uninterrupted_run(t
 @pytest.mark.distributed
 @pytest.mark.timeout(3600)
 def test_ten_random_kills_on_two_ranks_leave_the_bytes_of_the_uninterrupted_run(tmp_path: Path) -> None:
-    assert {phase for phase, _, _ in MOMENTS_ON_TWO} == set(PHASES)
-    assert {rank for _, _, rank in MOMENTS_ON_TWO} == {0, 1}
+    assert {phase for phase, *_ in MOMENTS_ON_TWO} == set(PHASES)
+    assert {rank for _, _, rank, _ in MOMENTS_ON_TWO} == {0, 1}
     kill_and_resume(tmp_path, 2, MOMENTS_ON_TWO)
