@@ -8,13 +8,15 @@ tokens. Each implementation lives in a process of its own and waits for its turn
 the same machine. One thread each. A number is the median over ``--steps`` steps after ``--warmup``; where TRL is tried with several
 microbatch sizes, each number is compared with TRL's best for that number, and ``peers`` holds all of them. ``ratio`` is TRL over ours.
 
-Memory is given twice: the peak of the whole process, of which interpreter and libraries are half a gigabyte on either side, and the peak
-above what the process held when its first step began (libraries, model, adapter). About 8 minutes on an idle machine.
+Memory is given four times: the peak of the whole process; what it held when its first step began (libraries, model, adapter); the peak
+above that; and, as a floor, what a process holds that only imports the libraries and loads model and adapter (case ``floor``: PyTorch,
+transformers and PEFT with Lightning, or with TRL). About 10 minutes on an idle machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -35,6 +37,7 @@ NUMBERS = {
     "cpu": "CPU s per step",
     "wall": "s per step",
     "peak_mib": "MiB, peak of the process",
+    "idle_mib": "MiB, the process before its first step",
     "above_idle_mib": "MiB, peak above the process before its first step",
 }
 PROMPTS, GROUP, LENGTH, RANK = 16, 8, 64, 32
@@ -103,7 +106,7 @@ class Turn:
         """Report a step."""
         peak = memory_mib("VmHWM")
         row = {"wall": time.perf_counter() - self.at[0], "cpu": time.process_time() - self.at[1], "tokens": tokens}
-        row |= {"peak_mib": peak, "above_idle_mib": peak - (self.idle or 0.0)}
+        row |= {"peak_mib": peak, "idle_mib": self.idle or 0.0, "above_idle_mib": peak - (self.idle or 0.0)}
         print("STEP " + json.dumps(row), flush=True)
 
 
@@ -203,15 +206,32 @@ def run_ours(folder: Path, steps: int, micro: int) -> None:
     trainer.fit(module, datamodule=Prompts())
 
 
+def run_floor(folder: Path, kind: str) -> None:
+    """Import what one side is built on, load the model with its adapter, and say what that holds."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    importlib.import_module({"ours": "lightning.pytorch", "trl": "trl.trainer.grpo_trainer"}[kind])
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    get_peft_model(model, LoraConfig(r=RANK, task_type="CAUSAL_LM", target_modules=TARGETS))
+    AutoTokenizer.from_pretrained(folder / "model")
+    print(f"FLOOR {memory_mib('VmHWM')}", flush=True)
+
+
+def surroundings() -> dict[str, str]:
+    """Environment of every process that is measured."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
 class Worker:
     """One implementation in a process of its own."""
 
     def __init__(self, folder: Path, kind: str, micro: int, steps: int) -> None:
         command = [sys.executable, __file__, "--worker", kind, "--micro", str(micro), "--steps", str(steps), "--folder", str(folder)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.name, self.rows = f"{kind} {micro}", []
         log = open(folder / f"{kind}-{micro}.log", "w")  # noqa: SIM115  (lives as long as the child)
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=surroundings())
 
     def step(self) -> None:
         """Let it make one step, and keep the report."""
@@ -263,24 +283,43 @@ def compare(case: str, workers: list[Worker], warmup: int, what: str, unit: str)
     return row | {f"{side}_range": [min(found[name]), max(found[name])] for side, name in (("ours", ours), ("peer", best))}
 
 
+def measure_floor(repeats: int) -> dict[str, Any]:
+    """What a process holds that trains nothing, on either side's libraries."""
+    found: dict[str, list[float]] = {"ours": [], "trl": []}
+    with tempfile.TemporaryDirectory() as name:
+        build(Path(name), CASES["uniform"]["vocab"], 1)
+        for _ in range(repeats):
+            for kind, values in found.items():
+                command = [sys.executable, __file__, "--worker", f"floor-{kind}", "--folder", name]
+                said = subprocess.run(command, env=surroundings(), capture_output=True, text=True, check=True).stdout
+                values.append(float(next(line for line in said.splitlines() if line.startswith("FLOOR ")).split()[1]))
+    ours, peer = (statistics.median(values) for values in found.values())
+    row = {"case": "floor: peak_mib", "ours": ours, "peer": peer, "ratio": peer / ours, "unit": NUMBERS["peak_mib"], "n": repeats}
+    return row | {f"{side}_range": [min(found[kind]), max(found[kind])] for side, kind in (("ours", "ours"), ("peer", "trl"))}
+
+
 def main() -> None:
     """Measure the cases and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--cases", nargs="*", default=["floor", *CASES], choices=["floor", *CASES])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--micro", type=int, default=512, help="our token budget per microbatch")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker", choices=["ours", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=["ours", "trl", "floor-ours", "floor-trl"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.worker in ("floor-ours", "floor-trl"):
+        run_floor(arguments.folder, arguments.worker.removeprefix("floor-"))
+        return
     if arguments.worker:
         run = run_ours if arguments.worker == "ours" else run_trl
         run(arguments.folder, arguments.steps, arguments.micro)
         return
-    results = [
-        row for case in arguments.cases for row in measure(case, arguments.steps, arguments.warmup, arguments.micro, arguments.folder)
-    ]
+    results = [measure_floor(3)] if "floor" in arguments.cases else []
+    for case in arguments.cases:
+        if case != "floor":
+            results += measure(case, arguments.steps, arguments.warmup, arguments.micro, arguments.folder)
     print(json.dumps(results, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
