@@ -235,6 +235,18 @@ def test_the_filter_allows_its_table_and_nothing_else(machine, reading):
         assert [run_filter(program, number, arch, (0, 0, f, 0, 0, 0)) for f in flags] == [allow, allow, *[eperm] * 4]
 
 
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_filter_kills_every_call_by_another_machines_numbers_and_allows_none_by_an_alias(machine):
+    arch, program = lockdown.SYSTEM_CALLS[machine][0], lockdown.filter_program(machine)
+    kill, eperm = 0x80000000, 0x00050001
+    i386, arm, nothing, x32 = 0x40000003, 0x40000028, 0, 0x40000000
+    others = {i386, arm, nothing, *(known for known, _ in lockdown.SYSTEM_CALLS.values())} - {arch}
+    for number in range(600):
+        assert {run_filter(program, number, other) for other in others} == {kill}
+        for alias in (x32, 1 << 31, 3 << 30):  # a bit that some kernels mask off
+            assert run_filter(program, alias | number, arch) == (kill if machine == "x86_64" else eperm)
+
+
 def test_the_zygotes_files_import_the_standard_library_only():
     for name in ("zygote", "runner", "codec", "lockdown", "landlock", "namespaces", "memory"):
         tree = ast.parse((Path(worker._SCRIPT).parent / f"{name}.py").read_text())
