@@ -36,7 +36,8 @@ def ways_to_set_up(source: str, modules: tuple[str, ...]) -> tuple[Setup, ...]:
     """How setup code can be run, what costs a child least first: definitions ahead of time, only imports ahead, nothing ahead.
 
     A statement is run ahead when it is an import of what the zygote holds anyway or defines something without computing anything, so that
-    running it earlier, in the zygote, can neither fail nor do more than in the child. The first other statement ends the prelude.
+    running it earlier, in the zygote, does no more than in the child (an import may fail: children then report that). The first other
+    statement ends the prelude.
 
     Args:
         source: The code.
