@@ -91,8 +91,8 @@ bench-pgd: .venv-spd/.installed $(SPD) ## attacks and decomposition steps beside
 .venv-spd/.installed: pyproject.toml constraints.txt
 	@test -n "$(SPD_PYTHON)" || { echo "make bench-pgd: SPD needs Python 3.12 or 3.13; SPD_PYTHON=path names one."; exit 1; }
 	@test -x .venv-spd/bin/python || $(SPD_PYTHON) -m venv .venv-spd
-	@.venv-spd/bin/python -m pip install -qq --disable-pip-version-check --no-input -e . jaxtyping einops fire python-dotenv "pydantic<2.12"
-	@.venv-spd/bin/python -m pip install -qq --disable-pip-version-check --no-input "wandb<0.22" "wandb-workspaces==0.1.12" 2>/dev/null
+	@.venv-spd/bin/python -m pip install -qq --disable-pip-version-check --no-input "torch==2.13.0" -e . jaxtyping einops fire python-dotenv "pydantic<2.12"
+	@.venv-spd/bin/python -m pip install -qq --disable-pip-version-check --no-input "wandb<0.22" "wandb-workspaces==0.1.12" 2>.venv-spd/wandb.log || { cat .venv-spd/wandb.log; exit 1; }
 	@touch $@
 
 .venv-spd/spd:
