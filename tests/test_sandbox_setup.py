@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import marshal
-import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +150,29 @@ def test_a_program_finds_nothing_of_the_one_before_in_its_files_and_nothing_move
     assert second.outputs == ([False, False, True, 0, 0, 0],)
 
 
-def test_a_fork_servers_memory_lies_in_large_pages_where_the_kernel_gives_them(sandbox):
-    kernel = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if kernel < (6, 1) or not setting.exists() or "[never]" in setting.read_text():
-        pytest.skip("this kernel gives no large pages on request")
-    rollup = Path(f"/proc/{sandbox.worker_pids[0]}/smaps_rollup").read_text()
-    assert int(rollup.split("AnonHugePages:")[1].split()[0]) >= 4096  # KiB; what the server writes to while a child lives is split again
+LARGE = """
+import ctypes, importlib.util, json, mmap, sys
+spec = importlib.util.spec_from_file_location("memory", sys.argv[1])
+memory = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(memory)
+def large():
+    return int(open("/proc/self/smaps_rollup").read().split("AnonHugePages:")[1].split()[0])
+before = large()
+memory.reserve()
+kept = [(k, str(k)) for k in range(50000)]
+memory.collapse()
+after = large()
+probe = mmap.mmap(-1, 8 << 20)
+probe.write(bytes(8 << 20))
+start = -(-ctypes.addressof(ctypes.c_char.from_buffer(probe)) // (2 << 20)) * (2 << 20)
+gives = ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(2 << 20), 25) == 0
+print(json.dumps([before, after, gives, all(b == str(a) for a, b in kept)]))
+"""
+
+
+def test_memory_is_collapsed_into_large_pages_where_the_kernel_gives_them_and_keeps_its_content():
+    script = Path(zygote.__file__).with_name("memory.py")
+    done = subprocess.run([sys.executable, "-I", "-c", LARGE, str(script)], capture_output=True, text=True, timeout=120, check=True)
+    before, after, gives, whole = json.loads(done.stdout)
+    assert whole
+    assert after - before >= 4096 or not gives  # KiB
