@@ -124,10 +124,9 @@ def run_job(job: Job, gpu: str | None = None, restart: Restart | None = None) ->
 
 
 def _run(job: Job, restart: Restart | None) -> None:
-    from theodolite.cli import TheodoliteCLI, check_args, import_rooms
+    from theodolite.cli import TheodoliteCLI, check_args
 
     start, configs = time.perf_counter(), config_hashes(job.args)
-    import_rooms()
     args = [*job.args, f"--run_dir={job.run_dir}"]
     here = args if restart is None else [*args, f"--ckpt_path={restart.checkpoint}"]
     check_args(here)
