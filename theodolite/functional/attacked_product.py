@@ -82,28 +82,27 @@ def attacked_output(acts: Tensor, target: Tensor | None, bias: Tensor | None, ma
 
 
 class _AttackedOutput(torch.autograd.Function):
-    """Keeps activations, the target's output and the mask for the backward pass; by autograd there would be three to five times as many."""
+    """Keeps activations and the target's output, but no mask: making it again is cheaper than fetching it from memory."""
 
     @staticmethod
     def forward(
         ctx: Any, acts: Tensor, target: Tensor | None, source: Tensor, importance: Tensor, write: Tensor, bias: Tensor | None
     ) -> Tensor:
-        mask = _scale(importance, source, with_delta=target is not None)
+        ctx.save_for_backward(acts, target, source, importance, write, bias)
         delta = None if target is None else source[..., -1:]
-        ctx.save_for_backward(acts, target, source, importance, write, bias, mask)
+        masked = _scale(importance, source, with_delta=target is not None).mul_(acts)
         result = _base(acts, target, delta, bias, write.shape[1]).flatten(0, -2)
-        masked = torch.mul(mask, acts, out=_like(acts))
         return result.addmm_(masked.flatten(0, -2), write).unflatten(0, acts.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        acts, target, source, importance, write, bias, mask = ctx.saved_tensors
+        acts, target, source, importance, write, bias = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         read = _product(upstream, write.T)
-        for_source = _source_gradient(acts, target, source, importance, bias, upstream, read) if wanted[2] else None
-        for_target = upstream * source[..., -1:] if wanted[1] else None
-        return (read.mul_(mask) if wanted[0] else None), for_target, for_source, None, None, None
+        for_acts = _scale(importance, source, with_delta=target is not None).mul_(read) if wanted[0] else None
+        for_source = _source_gradient(target, source, importance, bias, upstream, read.mul_(acts)) if wanted[2] else None
+        return for_acts, (upstream * source[..., -1:] if wanted[1] else None), for_source, None, None, None
 
 
 def _like(acts: Tensor) -> Tensor:
@@ -130,21 +129,13 @@ def _base(acts: Tensor, target: Tensor | None, delta: Tensor | None, bias: Tenso
 
 
 def _source_gradient(
-    acts: Tensor, target: Tensor | None, source: Tensor, importance: Tensor, bias: Tensor | None, upstream: Tensor, read: Tensor
+    target: Tensor | None, source: Tensor, importance: Tensor, bias: Tensor | None, upstream: Tensor, product: Tensor
 ) -> Tensor:
-    """Gradient as the source is shaped; ``read`` is ``upstream U'``."""
-    channels = acts.shape[-1]
-    unique = source.shape[:-1] == acts.shape[:-1]
-    result = torch.empty_like(source) if unique else None
-    product = torch.mul(read, acts, out=_like(acts) if result is None else result[..., :channels])
+    """Gradient as the source is shaped; ``product`` is ``a * (upstream U')``, which is changed."""
     for_delta = None
     if target is not None:
         direct = upstream * (target if bias is None else target - bias)
         for_delta = direct.sum(-1, keepdim=True).sub_(product.sum(-1, keepdim=True))
     product.addcmul_(product, importance, value=-1)
-    if result is None:
-        parts = [product] if for_delta is None else [product, for_delta]
-        return torch.cat([part.sum_to_size(*source.shape[:-1], part.shape[-1]) for part in parts], dim=-1)
-    if for_delta is not None:
-        result[..., channels:] = for_delta
-    return result
+    parts = [product] if for_delta is None else [product, for_delta]
+    return torch.cat([part.sum_to_size(*source.shape[:-1], part.shape[-1]) for part in parts], dim=-1)

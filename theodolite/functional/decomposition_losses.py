@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from theodolite.functional.kl_divergence import Reference, kl_sum
+from theodolite.functional.kl_divergence import kl_sum
 
 ReconKind: TypeAlias = Literal["mse", "kl"]
 
@@ -26,7 +26,7 @@ def recon_count(target: Tensor, kind: ReconKind) -> int:
 
 
 def recon_sum(
-    prediction: Tensor, target: Tensor, kind: ReconKind, chunk_numbers: int = KL_CHUNK_NUMBERS, reference: Reference | None = None
+    prediction: Tensor, target: Tensor, kind: ReconKind, chunk_numbers: int = KL_CHUNK_NUMBERS, normalised: bool = False
 ) -> Tensor:
     r"""Summed reconstruction loss.
 
@@ -38,7 +38,7 @@ def recon_sum(
         kind: ``kl`` or ``mse``.
         chunk_numbers: Logits per chunk of a KL divergence. A chunk's log-probabilities are not kept for the backward pass, so that memory
             is one chunk's and not the batch's.
-        reference: What the target's logits say, where several KL divergences are taken from them.
+        normalised: The target of a KL divergence is :func:`~theodolite.functional.kl_divergence.log_probabilities` instead of logits.
 
     Raises:
         ValueError: If shapes differ or the kind is unknown.
@@ -51,7 +51,7 @@ def recon_sum(
     if kind != "kl":
         raise ValueError(f"There is no reconstruction loss {kind!r}; choose mse or kl.")
     vocabulary = target.shape[-1]
-    return kl_sum(prediction.reshape(-1, vocabulary), reference or target.reshape(-1, vocabulary), chunk_numbers)
+    return kl_sum(prediction.reshape(-1, vocabulary), target.reshape(-1, vocabulary), chunk_numbers, normalised)
 
 
 def faithfulness(deltas: Iterable[Tensor]) -> Tensor:
