@@ -11,9 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from theodolite.seeds import derive_seed
 
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -47,8 +49,57 @@ def check_precision(precision: str) -> None:
         )
 
 
+def check_lora(lora: dict[str, Any] | None, trainable: Sequence[str] | None, exports_without_base: bool) -> None:
+    """Refuse adapter settings that PEFT does not know, or that say twice what is trained.
+
+    Args:
+        lora: Fields of ``peft.LoraConfig``; None = no adapter.
+        trainable: Patterns of parameters to train.
+        exports_without_base: Whether the trained policy is exported over a base that nobody can load.
+
+    Raises:
+        ValueError: They cannot work.
+    """
+    if lora is None:
+        return
+    if trainable is not None:
+        raise ValueError(
+            "model.lora and model.trainable exclude one another; with an adapter, choose its modules with lora.target_modules."
+        )
+    if exports_without_base:
+        raise ValueError("model.lora over a random initialisation would export an adapter without its base; set model.export to false.")
+    unknown = sorted(set(lora) - set(LoraConfig.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"model.lora has the unknown key {unknown[0]!r}; the fields of peft.LoraConfig are valid, e.g. r, lora_alpha.")
+
+
+def check_attention(attention: str | None, dtype: str | None = None, precision: str = "") -> None:
+    """Refuse an attention kernel that is unknown, not installed, or cannot compute in what the model is held in.
+
+    Args:
+        attention: As ``model.attention``; None = whatever ``transformers`` chooses.
+        dtype: Of the weights, where it is to be checked as well.
+        precision: Of the trainer.
+
+    Raises:
+        ValueError: It cannot be used.
+    """
+    if attention not in (None, *ATTENTION):
+        raise ValueError(f"model.attention is {attention!r}; choose one of {', '.join(ATTENTION)}.")
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ValueError("model.attention=flash_attention_2 needs the package flash-attn and a GPU that it knows; use sdpa instead.")
+    if attention == "flash_attention_2" and dtype == "float32" and precision.startswith("32"):
+        raise ValueError("model.attention=flash_attention_2 computes in half precision only; set model.dtype to bfloat16, or use sdpa.")
+
+
 def load_policy(
-    policy: str | dict[str, Any], revision: str | None, dtype: str, seed: int, vocab_size: int | None = None, end_id: int | None = None
+    policy: str | dict[str, Any],
+    revision: str | None,
+    dtype: str,
+    seed: int,
+    vocab_size: int | None = None,
+    end_id: int | None = None,
+    attention: str | None = None,
 ) -> nn.Module:
     """A causal language model.
 
@@ -59,6 +110,7 @@ def load_policy(
         seed: Seed of a random initialisation; the global generator is left as it was.
         vocab_size: Vocabulary of a random initialisation, where its config does not say.
         end_id: Its end token likewise: an architecture's default ids mean nothing under another tokenizer.
+        attention: Kernel of its attention layers; None = whatever ``transformers`` chooses.
 
     Returns:
         The model, in train mode.
@@ -70,7 +122,7 @@ def load_policy(
         raise ValueError(f"model.dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
     if isinstance(policy, str):
         check_policy_folder(policy)
-        model = AutoModelForCausalLM.from_pretrained(policy, revision=revision, dtype=DTYPES[dtype])
+        model = AutoModelForCausalLM.from_pretrained(policy, revision=revision, dtype=DTYPES[dtype], attn_implementation=attention)
         return model.train()
     fields = dict(policy)
     if "model_type" not in fields:
@@ -81,7 +133,7 @@ def load_policy(
     config = AutoConfig.for_model(**fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "policy initialisation"))
-        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).train()
+        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation=attention).train()
 
 
 def load_tokenizer(tokenizer: str, revision: str | None) -> PreTrainedTokenizerBase:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -24,7 +24,8 @@ from .decoding import Sampling
 from .export import export_policy
 from .held_out import HeldOutEvaluation, final_protocol
 from .manual import SCHEDULES, ManualModule
-from .policy import add_lora, check_policy_folder, check_precision, freeze_all_but, load_policy, load_tokenizer
+from .policy import add_lora, check_attention, check_lora, check_policy_folder, check_precision, freeze_all_but, load_policy, load_tokenizer
+from .recomputation import recomputable_layers, recomputing
 from .rollout_choice import build_engine
 from .rollouts import RolloutEngine, Sample, sample_seeds
 from .scoring import completion_log_probs, completion_states, pad_sequences, shared_prefix_log_probs, supports_shared_prefix
@@ -49,6 +50,7 @@ class PolicyModule(ShardedWeights, ManualModule):
         train_tokenizer: Train one on the datamodule's corpus: arguments of ``train_bpe_tokenizer`` (``vocab_size``, ``boundaries``), or
             ``kind: words`` and those of ``train_word_tokenizer``.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
+        attention: ``sdpa``, ``eager`` or ``flash_attention_2`` (half precision, and its package); null = what ``transformers`` chooses.
         lora: Fields of ``peft.LoraConfig`` (``r``, ``lora_alpha``, ``target_modules``); null = no adapter.
         trainable: Patterns of parameter names to train, e.g. ``*.layers.*_proj.weight``; null = all (with ``lora``: the adapter).
         seed: Seed of sampling and of random initialisations; null = the run's ``seed_everything``.
@@ -69,6 +71,8 @@ class PolicyModule(ShardedWeights, ManualModule):
         eval_drift: Also measure how far the policy is from the one that training began with (``kl_k1``, ``kl_k3`` per token).
         test_sampling: ``samples``, ``temperature`` and ``top_p`` of ``test``, where they are others than in validation.
         micro_batch_size: Sequences per forward pass on one rank; null = all of a step's at once.
+        gradient_checkpointing: Keep only every layer's input for the backward pass and compute the layer once more there: a third more
+            products for a fraction of the activations. Such passes take the padded path, as a recomputed layer has no cache.
         shared_prefix: Score completions with every distinct prompt of a microbatch computed once. Exact; a model whose cache cannot be
             shared (sliding windows, recurrent layers) takes the padded path, which is said at start.
         merge_adapter: Fold a LoRA adapter into a copy of its base while sampling (and in the gradient's split path): faster for that much
@@ -87,6 +91,7 @@ class PolicyModule(ShardedWeights, ManualModule):
         tokenizer: str | None = None,
         train_tokenizer: dict[str, Any] | None = None,
         dtype: str = "float32",
+        attention: str | None = None,
         lora: dict[str, Any] | None = None,
         trainable: list[str] | None = None,
         seed: int | None = None,
@@ -107,6 +112,7 @@ class PolicyModule(ShardedWeights, ManualModule):
         eval_drift: bool = False,
         test_sampling: dict[str, float] | None = None,
         micro_batch_size: int | None = None,
+        gradient_checkpointing: bool = False,
         shared_prefix: bool = True,
         merge_adapter: bool = False,
         rollout: dict[str, Any] | None = None,
@@ -123,19 +129,12 @@ class PolicyModule(ShardedWeights, ManualModule):
             )
         if schedule not in SCHEDULES:
             raise ValueError(f"model.schedule is {schedule!r}; choose constant, linear or cosine.")
-        if lora is not None and trainable is not None:
-            raise ValueError(
-                "model.lora and model.trainable exclude one another; with an adapter, choose its modules with lora.target_modules."
-            )
-        if lora is not None and isinstance(policy, dict) and export:
-            raise ValueError("model.lora over a random initialisation would export an adapter without its base; set model.export to false.")
         if merge_adapter and dtype != "float32":
             raise ValueError(f"model.merge_adapter rounds the merged weights in {dtype}; use dtype float32, or set it to false.")
-        unknown = sorted(set(lora or {}) - set(LoraConfig.__dataclass_fields__))
-        if unknown:
-            raise ValueError(f"model.lora has the unknown key {unknown[0]!r}; the fields of peft.LoraConfig are valid, e.g. r, lora_alpha.")
+        check_attention(attention)
+        check_lora(lora, trainable, exports_without_base=export and isinstance(policy, dict))
         self.policy_source, self.revision, self.tokenizer_source, self.train_tokenizer = policy, revision, tokenizer, train_tokenizer
-        self.dtype_name, self.lora, self.trainable = dtype, lora, trainable
+        self.dtype_name, self.attention, self.lora, self.trainable = dtype, attention, lora, trainable
         self.run_seed = run_seed(seed)
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_steps, self.schedule, self.min_lr_fraction, self.max_grad_norm = warmup_steps, schedule, min_lr_fraction, max_grad_norm
@@ -144,7 +143,7 @@ class PolicyModule(ShardedWeights, ManualModule):
         self.eval_sampling = Sampling(max_new_tokens, eval_temperature, top_p if eval_top_p is None else eval_top_p, top_k)
         self.eval_samples, self.eval_drift, self.micro_batch_size, self.export = eval_samples, eval_drift, micro_batch_size, export
         self.test_samples, self.test_sampling = final_protocol(test_sampling, eval_samples, self.eval_sampling)
-        self.shared_prefix = shared_prefix
+        self.shared_prefix, self.gradient_checkpointing = shared_prefix, gradient_checkpointing
         self.engine: RolloutEngine = build_engine(rollout, merge_adapter)
         self.model: nn.Module | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -157,6 +156,7 @@ class PolicyModule(ShardedWeights, ManualModule):
         super().setup(stage)
         if stage == "fit":
             check_precision(str(self.trainer.precision))
+            check_attention(self.attention, self.dtype_name, str(self.trainer.precision))
         cast(Any, self.trainer).precision_plugin.convert_input = _as_is
 
     def configure_model(self) -> None:
@@ -164,11 +164,13 @@ class PolicyModule(ShardedWeights, ManualModule):
         if self.model is None:
             self._tokenizer = self._build_tokenizer()
             vocabulary = (len(self._tokenizer), cast(int, self._tokenizer.eos_token_id))
-            self.model = load_policy(self.policy_source, self.revision, self.dtype_name, self.run_seed, *vocabulary)
+            self.model = load_policy(self.policy_source, self.revision, self.dtype_name, self.run_seed, *vocabulary, self.attention)
             if self.lora is not None:
                 self.model = add_lora(self.model, self.lora, self.run_seed)
             elif self.trainable is not None:
                 freeze_all_but(self.model, self.trainable)
+            if self.gradient_checkpointing:
+                recomputable_layers(self.model)
             if self.shared_prefix and not supports_shared_prefix(self.causal_lm):
                 rank_zero_info("shared_prefix: this model's cache cannot be shared between completions, the padded path is used.")
                 self.shared_prefix = False
@@ -257,10 +259,12 @@ class PolicyModule(ShardedWeights, ManualModule):
 
     def _log_probs(self, model: nn.Module, sequences: Sequence[TokenSequence], temperature: float | None = None) -> tuple[Tensor, Tensor]:
         temperature = self.sampling.temperature if temperature is None else temperature
-        if self.shared_prefix and not self.in_shards:  # in shards, all ranks make as many passes, and this path makes one or two
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        if self.shared_prefix and not self.in_shards and not recompute:  # in shards, all ranks make as many passes; this path, one or two
             return shared_prefix_log_probs(model, sequences, self.pad_id, self.device, temperature)
         batch = pad_sequences(sequences, self.pad_id, self.device)
-        return completion_log_probs(model, batch, temperature), batch.mask
+        with recomputing(model) if recompute else nullcontext():
+            return completion_log_probs(model, batch, temperature), batch.mask
 
     def completion_states(self, sequences: Sequence[TokenSequence], layer: int) -> tuple[Tensor, Tensor]:
         """States after decoder layer ``layer`` (B, T, d) and the completion mask (B, T), without gradient."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from theodolite.lightning_modules.policy import DTYPES, add_lora, freeze_all_but, load_policy
+from theodolite.lightning_modules.recomputation import recomputing
 from theodolite.lightning_modules.scoring import completion_log_probs, pad_sequences, shared_prefix_log_probs
 from theodolite.policy_memory import LOGIT_BYTES, RolloutSize, kept_for_backward, meta_model, policy_memory
 from theodolite.protocols import TokenSequence
@@ -129,6 +131,20 @@ def test_logits_are_those_of_the_moment_when_most_are_alive(path: Callable[[nn.M
     with Live() as live:
         path(model).sum().backward()
     assert 0.9 < LOGIT_BYTES * ROWS * COMPLETION * 2048 / live.most < 1.1
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_the_most_that_is_alive_with_layers_computed_once_more_and_without(recomputed: bool) -> None:
+    shape, lora = COMMON | SHAPES["qwen3"] | {"num_hidden_layers": 12}, LORA | {"target_modules": ["q_proj", "v_proj"]}
+    model = policy(shape, "float32", lora)
+    size = RolloutSize(rollouts=ROWS, micro=ROWS, prompt=PROMPT, completion=COMPLETION)
+    parts = policy_memory(meta_model(shape, torch.float32, lora), size, recomputed=recomputed)
+    live = Live()
+    live.sizes = dict.fromkeys((tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())), 0)  # not counted
+    with live, recomputing(model) if recomputed else nullcontext():
+        padded(model).sum().backward()
+    estimated = sum(parts[f"{name} of a microbatch"] for name in ("activations", "logits")) + parts["gradients"]
+    assert 0.9 < estimated / live.most < 1.3
 
 
 def test_a_model_that_looks_at_values_is_refused() -> None:

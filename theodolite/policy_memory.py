@@ -79,6 +79,7 @@ def policy_memory(
     reference: bool = False,
     merged: bool = False,
     samples: bool = True,
+    recomputed: bool = False,
 ) -> dict[str, int]:
     """Bytes by what they are for.
 
@@ -89,6 +90,7 @@ def policy_memory(
         reference: A frozen copy is kept (without an adapter: for a KL term, or for drift).
         merged: A copy with the adapter folded in is kept for sampling.
         samples: The model itself samples, with a cache of a whole rollout batch; False = another engine does.
+        recomputed: Layers keep their input and are computed once more going backwards, one after the other.
     """
     parameters = {id(p): (name, p) for name, p in model.named_parameters()}.values()
     config: Any = cast(Any, model).config.get_text_config()
@@ -101,12 +103,15 @@ def policy_memory(
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
     longest = size.prompt + -(-size.scored // size.micro)
+    activations = kept_for_backward(model, size.micro, longest, frozen)
+    if recomputed:
+        activations = 2 * activations // layers + layers * size.micro * longest * hidden * item  # one layer's, with their gradients
     return {
         "weights": weights * (1 + reference + merged),
         "gradients": trained,
         "optimizer": 2 * trained,
         "cache of a rollout batch": samples * 2 * item * size.rollouts * (size.prompt + size.completion) * layers * heads * width,
-        "activations of a microbatch": kept_for_backward(model, size.micro, longest, frozen),
+        "activations of a microbatch": activations,
         "logits of a microbatch": LOGIT_BYTES * size.scored * int(config.vocab_size),
     }
 
@@ -228,4 +233,5 @@ def needs(tree: Mapping[str, Any], ranks: int) -> tuple[RolloutSize, dict[str, i
     copies = lora is None and (float(model.get("beta", 0)) > 0 or bool(model.get("eval_drift")))
     built = meta_model(model["policy"], dtype, lora)
     samples = not model.get("rollout")
-    return size, policy_memory(built, size, model.get("trainable"), copies, bool(model.get("merge_adapter")), samples)
+    flags = {name: bool(model.get(key)) for name, key in (("merged", "merge_adapter"), ("recomputed", "gradient_checkpointing"))}
+    return size, policy_memory(built, size, model.get("trainable"), copies, samples=samples, **flags)

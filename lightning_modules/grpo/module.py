@@ -188,8 +188,10 @@ class GRPOModule(CollectionModule):
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             raise ValueError("model.split_backward does not work with a gradient scaler; use bf16 precision, or set it to false.")
         with self.whole_weights():
-            self.backbone = take_apart(self.causal_lm) if self.shared_prefix else None
-        if self.backbone is None:
+            self.backbone = take_apart(self.causal_lm) if self.shared_prefix and not self.gradient_checkpointing else None
+        if self.gradient_checkpointing:
+            rank_zero_info("split_backward: a layer that is computed once more has no cache; the padded path is used instead.")
+        elif self.backbone is None:
             path = "microbatches share prompts" if self.shared_prefix and not self._sharded else "the padded path is used"
             rank_zero_info(f"split_backward: not exact for this architecture; {path} instead.")
 
@@ -256,7 +258,8 @@ class GRPOModule(CollectionModule):
 
     def _check_path_once(self, window: Window, microbatches: list[list[int]]) -> None:
         """On the run's first window with a gradient, compare the path in use with the padded one."""
-        if self._checked or not self.shared_prefix or (self._sharded and self.backbone is None):
+        padded = not self.shared_prefix or self.gradient_checkpointing or self._sharded
+        if self._checked or (padded and self.backbone is None):
             return  # the padded path itself is in use
         few = sorted((i for m in microbatches for i in m), key=lambda i: len(window.rollouts[i].tokens.completion_ids))
         if any(gather_objects(bool(few))):
