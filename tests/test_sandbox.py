@@ -332,7 +332,7 @@ def test_a_zygote_killed_between_batches_is_replaced_without_a_retry():
 
 
 def test_a_stopped_zygote_is_replaced_and_its_job_retried():
-    with Sandbox(tier="seccomp", limits=Limits(cpu_s=0.2, wall_s=0.3)) as sandbox:
+    with Sandbox(tier="seccomp", limits=Limits(cpu_s=0.2, wall_s=1.0)) as sandbox:
         sandbox._workers[0]._grace_s = 0.3
         victim = sandbox.worker_pids[0]
         os.kill(victim, signal.SIGSTOP)
