@@ -29,9 +29,9 @@ def collapse() -> None:
     """Put what is in memory now into large pages, wherever one is filled by writable memory of this process alone."""
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    with contextlib.suppress(OSError), open("/proc/self/maps", encoding="ascii") as maps:
+    with contextlib.suppress(OSError), open("/proc/self/maps", "rb") as maps:  # bytes: a codec may lie outside the jail
         for where, rights, *rest in [line.split() for line in maps]:
-            if rights == "rw-p" and (len(rest) == 3 or rest[3] == "[heap]"):
-                start, end = (int(part, 16) for part in where.split("-"))
+            if rights == b"rw-p" and (len(rest) == 3 or rest[3] == b"[heap]"):
+                start, end = (int(part, 16) for part in where.split(b"-"))
                 for page in range(-(-start // _LARGE) * _LARGE, end // _LARGE * _LARGE, _LARGE):
                     madvise(page, _LARGE, _COLLAPSE)
