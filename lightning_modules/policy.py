@@ -120,9 +120,10 @@ def load_policy(
     """
     if dtype not in DTYPES:
         raise ValueError(f"model.dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    kernel = {} if attention is None else {"attn_implementation": attention}  # a config may name one itself
     if isinstance(policy, str):
         check_policy_folder(policy)
-        model = AutoModelForCausalLM.from_pretrained(policy, revision=revision, dtype=DTYPES[dtype], attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(policy, revision=revision, dtype=DTYPES[dtype], **kernel)
         return model.train()
     fields = dict(policy)
     if "model_type" not in fields:
@@ -133,7 +134,7 @@ def load_policy(
     config = AutoConfig.for_model(**fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "policy initialisation"))
-        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation=attention).train()
+        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], **kernel).train()
 
 
 def load_tokenizer(tokenizer: str, revision: str | None) -> PreTrainedTokenizerBase:

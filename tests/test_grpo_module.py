@@ -147,8 +147,9 @@ def one_reference(module: GRPOModule, ids: Tensor, start: int) -> Tensor:
 
 
 EVERY_SPLIT = ("one", "six", "uneven", "singles", "with an idle one", "two ranks")
-OBJECTIVES = [("dapo", 0.0, False), ("dapo", 0.3, True)]
-OBJECTIVES += [(name, *rest) for name in ("dapo", "dr_grpo", "grpo", "seq_mean_token_sum") for rest in ((0.3, False), (0.0, True))]
+OTHERS = ("dr_grpo", "grpo", "seq_mean_token_sum")
+OBJECTIVES: list[Any] = [("dapo", beta, lora) for beta in (0.0, 0.3) for lora in (False, True)] + [(name, 0.0, True) for name in OTHERS]
+OBJECTIVES += [pytest.param(name, 0.3, False, marks=pytest.mark.slow) for name in OTHERS]
 
 
 @pytest.mark.parametrize(("aggregation", "beta", "lora"), OBJECTIVES)

@@ -359,7 +359,8 @@ def test_a_sampler_says_what_it_yields_next_and_is_not_moved_by_being_asked(rank
 
 def test_ctrl_c_does_not_wait_for_what_is_done_in_the_background() -> None:
     work = "import time; print('ready', flush=True); time.sleep(60)"
-    program = f"from theodolite.background import in_background\ndef work():\n    {work}\nin_background(work, 'slow').result()"
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # ignored where the tests run in the background
+    program = f"{heard}\nfrom theodolite.background import in_background\ndef work():\n    {work}\nin_background(work, 'slow').result()"
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         try:
             assert child.stdout is not None
