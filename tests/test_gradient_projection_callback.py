@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import socket
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -579,7 +579,8 @@ def test_detector_is_an_expression_or_the_path_of_a_callable() -> None:
     assert text_detector("keyword.iskeyword")("def")
     with pytest.raises(ValueError, match="cannot be imported"):
         text_detector("no_such_package.detector")
-    source = pickle.loads(pickle.dumps(live()))  # as a spawning strategy would send it
+    sent = ForkingPickler.dumps(live())  # as a spawning strategy sends it
+    source = ForkingPickler.loads(sent)  # pyright: ignore[reportAttributeAccessIssue]
     assert source.detector._flagged("cheat")  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match="not a regular expression"):
         text_detector("def (")

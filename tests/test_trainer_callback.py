@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,9 @@ from theodolite.functional.directions import ConceptDirection
 from theodolite.functional.extraction import haar_random_like
 from theodolite.project_gradients import project_gradients
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-
-def example(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+from example_files import example
 
 # ---------------------------------------------------------------- a bare loop
 

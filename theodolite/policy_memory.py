@@ -140,7 +140,7 @@ def kept_for_backward(model: nn.Module, rows: int, tokens: int, frozen: Sequence
     with _without_gradient(frozen), _fused_attention(model, keep), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         try:
             model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             kind = getattr(model.config, "model_type", type(model).__name__)
             raise ValueError(f"activations of {kind} models cannot be counted without values ({error}).") from error
     return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
