@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from theodolite.distributed import gather_objects, on_every_rank
+from theodolite.out_of_memory import FittingParts
 from theodolite.protocols import TokenSequence
 
 from .decoding import Sampling
@@ -108,13 +109,12 @@ class HeldOutEvaluation:
         return drift_sums(own, reference)
 
     def _scored(self, sequences: Sequence[TokenSequence], score: Callable[[Sequence[TokenSequence]], Tensor]) -> list[list[float]]:
-        size = self.module.micro_batch_size or max(1, len(sequences))
-        found: list[list[float]] = []
-        for start in range(0, len(sequences), size):
-            part = sequences[start : start + size]
-            rows = score(part).double().cpu().tolist()
-            found += [row[: len(sequence.completion_ids)] for row, sequence in zip(rows, part, strict=True)]
-        return found
+        def rows(part: slice) -> list[list[float]]:
+            padded = score(sequences[part]).double().cpu().tolist()
+            return [row[: len(sequence.completion_ids)] for row, sequence in zip(padded, sequences[part], strict=True)]
+
+        parts = FittingParts(self.module.micro_batch_size or max(1, len(sequences)))
+        return [row for found in parts.map(rows, len(sequences)) for row in found]
 
     def report(self, stage: str, names: Sequence[str] | None) -> None:
         """Log rates over all ranks and write the completions; all ranks call it.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from theodolite.out_of_memory import FittingParts
 from theodolite.protocols import PromptRow
 from theodolite.seeds import derive_seed
 
@@ -87,6 +89,9 @@ def sample_seeds(run_seed: int, rows: Sequence[PromptRow], n: int, *purpose: int
     return [[derive_seed(run_seed, *purpose, row.id, i) for i in range(n)] for row in rows]
 
 
+REMEDY = "lower model.max_new_tokens, train an adapter or a smaller policy, or sample elsewhere (model.rollout)"
+
+
 class HFRollout:
     """Decodes with the live ``transformers`` model.
 
@@ -96,14 +101,15 @@ class HFRollout:
     others share its batch (up to float noise in the logits).
 
     Args:
-        max_rows: Most completions decoded at once; more are decoded in turns. Bounds memory, changes nothing else.
+        max_rows: Most completions decoded at once; more are decoded in turns, groups whole where they fit. Bounds memory, changes nothing
+            else. Where memory runs out nevertheless, half as many are decoded at once from then on.
         merge_adapter: Fold a LoRA adapter into its base meanwhile; see :func:`~.merged_adapter.merged_adapter`.
     """
 
     own_numerics = False
 
     def __init__(self, max_rows: int = 4096, merge_adapter: bool = False) -> None:
-        self.max_rows, self.merge_adapter = max_rows, merge_adapter
+        self.max_rows, self.merge_adapter, self._fitting = max_rows, merge_adapter, FittingParts(max_rows, REMEDY)
         self._model: nn.Module | None = None
         self._end_ids: frozenset[int] = frozenset()
         self._pad_id = 0
@@ -114,6 +120,15 @@ class HFRollout:
         """See :class:`RolloutEngine`."""
         self._model, self._end_ids, self._pad_id = model, frozenset(end_ids), pad_id
         self._shares_prompts = None
+
+    @property
+    def row_limit(self) -> int | None:
+        """Completions that have fitted at once after memory ran out; None = it never did. A resumed run begins with it."""
+        return self._fitting.rows_per_part if self._fitting.rows_per_part < self.max_rows else None
+
+    @row_limit.setter
+    def row_limit(self, limit: int | None) -> None:
+        self._fitting = FittingParts(self.max_rows if limit is None else min(limit, self.max_rows), REMEDY)
 
     def sync(self, version: int) -> None:
         """The live model is the policy: only the version is noted."""
@@ -133,7 +148,7 @@ class HFRollout:
         """See :class:`RolloutEngine`.
 
         Raises:
-            RuntimeError: Before ``setup``.
+            RuntimeError: Before ``setup``; or one completion alone does not fit into memory, and what to change.
             ValueError: If the numbers of prompts and of seed lists differ.
         """
         if self._model is None:
@@ -142,15 +157,25 @@ class HFRollout:
             raise ValueError(f"{len(prompts)} prompts came with {len(seeds)} lists of seeds; each prompt needs one.")
         samples: list[list[Sample]] = []
         with merged_adapter(self._model) if self.merge_adapter else nullcontext():
-            for start, stop in _turns([len(s) for s in seeds], self.max_rows):
-                samples += self._decode(prompts[start:stop], sampling, seeds[start:stop])
+            for start, stop in _turns([len(s) for s in seeds], self._fitting.rows_per_part):
+                samples += self._in_parts(prompts[start:stop], sampling, seeds[start:stop])
         return samples
+
+    def _in_parts(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[list[Sample]]:
+        """One turn, at once if that fits: a sample's randomness is its own, so smaller parts draw the same."""
+        flat = [(g, seed) for g, group in enumerate(seeds) for seed in group]
+
+        def decoded(part: slice) -> list[Sample]:
+            groups = {g: [seed for _, seed in own] for g, own in itertools.groupby(flat[part], key=itemgetter(0))}
+            found = self._decode([prompts[g] for g in groups], sampling, list(groups.values()))
+            return list(itertools.chain.from_iterable(found))
+
+        samples = itertools.chain.from_iterable(self._fitting.map(decoded, len(flat)))
+        return [list(itertools.islice(samples, len(group))) for group in seeds]
 
     @torch.no_grad()
     def _decode(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[list[Sample]]:
         counts = [len(s) for s in seeds]
-        if not sum(counts):
-            return [[] for _ in seeds]
         assert self._model is not None
         device = next(self._model.parameters()).device
         with evaluation_mode(self._model):

@@ -20,6 +20,7 @@ class FittingParts:
 
     Args:
         rows_per_part: Rows to try first.
+        remedy: What to say where one row alone does not fit.
 
     Attributes:
         rows_per_part: Rows that have fitted so far.
@@ -29,10 +30,10 @@ class FittingParts:
         ValueError: Less than one row.
     """
 
-    def __init__(self, rows_per_part: int) -> None:
+    def __init__(self, rows_per_part: int, remedy: str = "use shorter rows, a smaller model, or a larger device") -> None:
         if rows_per_part < 1:
             raise ValueError(f"rows_per_part must be at least 1, got {rows_per_part}.")
-        self.rows_per_part, self.halvings = rows_per_part, 0
+        self.rows_per_part, self.halvings, self.remedy = rows_per_part, 0, remedy
 
     def map(self, function: Callable[[slice], T], rows: int) -> list[T]:
         """Results for consecutive slices of ``range(rows)``, in order; a slice that did not fit is tried again in halves.
@@ -52,9 +53,7 @@ class FittingParts:
                 if not is_out_of_memory(error):
                     raise
                 if part.stop - part.start == 1:
-                    raise RuntimeError(
-                        f"Row {start} does not fit into memory even alone: use shorter rows, a smaller model, or a larger device. ({error})"
-                    ) from error
+                    raise RuntimeError(f"Row {start} does not fit into memory even alone: {self.remedy}. ({error})") from error
             # outside the handler, because the error's traceback keeps the failed attempt's tensors alive
             self._halve(part.stop - part.start)
         return results

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from theodolite.distributed import gather_objects, world_size
 from theodolite.protocols import Reward, Rollout, Verdict, Window
 
-from .gradients import Anchors
+from .anchors import Anchors
 from .window import part_of
 
 

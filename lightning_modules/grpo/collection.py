@@ -14,7 +14,7 @@ from theodolite.functional.advantages import has_signal, overlong_penalty, weigh
 from theodolite.protocols import Grade, PromptReserve, Reward, Rollout, TokenSequence, Verdict, Window
 
 from ..rollouts import Sample
-from .gradients import Anchors
+from .anchors import Anchors
 from .overlap import AheadModule
 from .window import check_reported, cut
 
@@ -177,7 +177,8 @@ class CollectionModule(AheadModule):
         lengths = [len(rollout.tokens.completion_ids) for rollout in window.rollouts]
         found = torch.zeros(len(lengths), dtype=torch.float64)
         for indices in cut([i for i, n in enumerate(lengths) if n], lengths, self._most_rows(), self.token_budget):
-            reference = self.reference_log_probs([window.rollouts[i].tokens for i in indices]).double().sum(dim=1).cpu()
+            parts = self.in_fitting_parts(lambda part: self.reference_log_probs([window.rollouts[i].tokens for i in part]), indices)
+            reference = torch.cat([rows.double().sum(dim=1).cpu() for rows in parts])
             own = torch.tensor([sum(window.rollouts[i].sampler_log_probs) for i in indices], dtype=torch.float64)
             found[indices] = own - reference
         total = float(found.sum())

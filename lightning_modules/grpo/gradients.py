@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -19,8 +18,8 @@ from theodolite.protocols import TokenSequence, Verdict, Window
 from ..evaluation import add_sums
 from ..sharded_weights import OUT_OF_MEMORY_IN_SHARDS
 from ..split_prefix import Backbone, SplitPrefix
+from .anchors import AnchoredModule, Anchors
 from .hooks import call_window_hook, measures_parts
-from .limits import LimitedModule
 from .losses import PolicyLoss, TokenBatch
 from .window import counted, cut, foreign, merged, pad_rows, part_of, per_token, prefix_runs
 
@@ -28,15 +27,7 @@ logger = logging.getLogger(__name__)
 Sums = dict[str, tuple[float, float]]
 
 
-@dataclass(slots=True)
-class Anchors:
-    """Log-probabilities without gradient, by rollout index: of the policy before the first update, and of the reference."""
-
-    old: dict[int, Tensor] = field(default_factory=dict)
-    reference: dict[int, Tensor] = field(default_factory=dict)
-
-
-class PolicyGradientModule(LimitedModule):
+class PolicyGradientModule(AnchoredModule):
     """The gradient of a window. Subclasses sample it and decide its advantages.
 
     Attributes:
@@ -47,13 +38,8 @@ class PolicyGradientModule(LimitedModule):
 
     policy_loss: PolicyLoss
     aggregation: str
-    beta: float
-    kl_estimator: str
     truncated: str
     zero_variance: str
-    updates_per_window: int
-    reuse_sampler_log_probs: bool
-    overlap_sampling: bool = False
     mismatch: tuple[MismatchMode, float, float] | None
     backbone: Backbone | None = None
     _reference: list[Any]
@@ -113,38 +99,6 @@ class PolicyGradientModule(LimitedModule):
         runs = cut(range(len(distinct)), [len(prompt) for prompt in distinct], None, most)
         number = {distinct[k]: run for run, members in enumerate(runs) for k in members}
         return [[i for i in indices if number[prompts[i]] == run] for run in range(len(runs))]
-
-    @property
-    def old_is_the_samplers(self) -> bool:
-        """Whether ratios are taken against what the sampler reported; with one update, on policy, they are taken against nothing."""
-        return self.overlap_sampling or (self.reuse_sampler_log_probs and self.updates_per_window > 1)
-
-    @property
-    def beta_in_loss(self) -> float:
-        """Coefficient of the KL term of the loss; 0 where the penalty is part of the reward."""
-        return 0.0 if self.kl_estimator == "k1_reward" else self.beta
-
-    # ------------------------------------------------------------------ passes without gradient
-
-    @torch.no_grad()
-    def anchor_log_probs(self, window: Window, microbatches: Sequence[Sequence[int]]) -> Anchors:
-        """Log-probabilities before the first update (none when on policy) and of the reference (none at beta 0)."""
-        anchors = Anchors()
-        for indices in microbatches:
-            sequences = [window.rollouts[i].tokens for i in indices]
-            if self.updates_per_window > 1 and not self.old_is_the_samplers:
-                anchors.old |= _rows(indices, sequences, self.completion_log_probs(sequences)[0])
-            if self.beta_in_loss > 0:
-                anchors.reference |= _rows(indices, sequences, self.reference_log_probs(sequences))
-        if self.old_is_the_samplers:
-            as_sampled = {"dtype": torch.float32, "device": self.device}  # a precision plugin may make a coarser dtype the default
-            anchors.old = {i: torch.tensor(window.rollouts[i].sampler_log_probs, **as_sampled) for m in microbatches for i in m}
-        return anchors
-
-    @torch.no_grad()
-    def reference_log_probs(self, sequences: Sequence[TokenSequence]) -> Tensor:
-        """(B, T) log-probabilities under the reference policy: the adapter switched off, or the frozen copy."""
-        return self.base_log_probs(sequences, self.sampling.temperature)
 
     # ------------------------------------------------------------------ gradients
 
@@ -342,7 +296,3 @@ class PolicyGradientModule(LimitedModule):
     def _hook(self, name: str, window: Window, verdicts: Sequence[Verdict], *extra: Any) -> None:
         with self.timed("hooks"):
             call_window_hook(name, self.trainer, self, window, verdicts, *extra)
-
-
-def _rows(indices: Sequence[int], sequences: Sequence[TokenSequence], values: Tensor) -> dict[int, Tensor]:
-    return {i: values[row, : len(sequence.completion_ids)] for row, (i, sequence) in enumerate(zip(indices, sequences, strict=True))}

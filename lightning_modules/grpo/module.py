@@ -222,16 +222,14 @@ class GRPOModule(CollectionModule):
         repeats = self.merge_repeats(window)
         stale = any(gather_objects(anchors is None or any(map(foreign, window.rollouts))))
         share = self._share(Share(window, verdicts, repeats, None if stale else anchors))
-        microbatches = self.microbatches(share.window, share.repeats)
         with self.timed("scoring"):
-            anchors = share.anchors or self.anchor_log_probs(share.window, microbatches)
+            anchors = share.anchors or self.anchor_log_probs(share.window, self.microbatches(share.window, share.repeats))
         sums: list[Sums] = [rollout_sums(window, verdicts), window.metrics]
         optimizer = cast(LightningOptimizer, self.optimizers())
         lr = float(optimizer.param_groups[0]["lr"])
         by_part = wants_parts(cast(Any, self.trainer).callbacks)
-        for update in range(self.updates_per_window):
-            if update:
-                microbatches = self.microbatches(share.window, share.repeats)  # smaller ones, where memory ran out
+        for _ in range(self.updates_per_window):
+            microbatches = self.microbatches(share.window, share.repeats)  # smaller ones, where memory ran out
             optimizer.zero_grad()
             self._check_path_once(share.window, microbatches)
             with self.timed("gradients"):

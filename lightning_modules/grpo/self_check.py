@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from theodolite.distributed import gather_objects
+from theodolite.out_of_memory import FittingParts
 from theodolite.protocols import TokenSequence, Window
 
 from ..scoring import completion_log_probs, pad_sequences
+from .limits import REMEDY
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 """Relative deviation of a gradient that summation order may cause; a wrong path is off by about 1.
@@ -31,7 +33,8 @@ def tolerance_of(module: Any) -> float:
 def check_gradient_path(module: Any, window: Window, indices: Sequence[int]) -> float:
     """Relative difference between the module's gradient path and the padded path; ``p.grad`` is left as it was.
 
-    All ranks must call it; a rank without rollouts of its own brings none.
+    All ranks must call it; a rank without rollouts of its own brings none. Rollouts that do not fit into memory together are compared in
+    parts: this is not to be what a run needs most memory for.
 
     Args:
         module: A policy-gradient module, before its first backward pass of a window.
@@ -40,13 +43,15 @@ def check_gradient_path(module: Any, window: Window, indices: Sequence[int]) -> 
 
     Returns:
         ``|g - g_padded| / |g_padded|`` of a weighted sum of log-probabilities in which every token counts differently, the largest of
-        all ranks.
+        all ranks and parts.
 
     Raises:
         RuntimeError: The deviation is more than float noise of the policy's dtype or autocast's. It is raised on every rank.
     """
     sequences = [window.rollouts[i].tokens for i in indices]
-    deviation = max(gather_objects(_deviation(module, sequences) if sequences else 0.0))
+    parts = FittingParts(max(1, len(sequences)), REMEDY).map(lambda part: _deviation(module, sequences[part]), len(sequences))
+    found = [deviation for own in gather_objects(parts) for deviation in own]
+    deviation = max(found, default=0.0, key=lambda value: (value != value, value))  # NaN is the largest of all
     tolerance = tolerance_of(module)
     if not deviation <= tolerance:
         raise RuntimeError(
@@ -59,9 +64,11 @@ def check_gradient_path(module: Any, window: Window, indices: Sequence[int]) -> 
 def _deviation(module: Any, sequences: Sequence[TokenSequence]) -> float:
     parameters = module.trainable_parameters()
     before = [parameter.grad for parameter in parameters]
-    ours, padded = (_gradient(module, parameters, sequences, path) for path in ("used", "padded"))
-    for parameter, gradient in zip(parameters, before, strict=True):
-        parameter.grad = gradient
+    try:
+        ours, padded = (_gradient(module, parameters, sequences, path) for path in ("used", "padded"))
+    finally:
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
     size = float(padded.norm())
     return float((ours - padded).norm()) / size if size else float(ours.norm())
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import math
 import sys
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,14 +21,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grpo_fits import TINY, Gradients, PlainDescent, deviation, fit
-from tiny_policies import Row, TextGrader, TinyPrompts
+from tiny_policies import Row, TextGrader, TinyPrompts, ragged, tiny_model
 
 from theodolite import distributed
 from theodolite.lightning_modules.decoding import Sampling
+from theodolite.lightning_modules.grpo import self_check
 from theodolite.lightning_modules.grpo.limits import CHECKPOINT_KEY
 from theodolite.lightning_modules.held_out import HeldOutEvaluation
-from theodolite.lightning_modules.rollouts import Sample
+from theodolite.lightning_modules.rollouts import HFRollout, Sample
 from theodolite.protocols import Grade
+from theodolite.seeds import derive_seed
+
+
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection walks everything that the other tests have imported, and nothing here needs one."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 class Cramped(PlainDescent):
@@ -77,6 +87,11 @@ def test_what_did_not_fit_is_remembered_by_checkpoints_rank_by_rank() -> None:
     assert checkpoint == saved((2, 3))
     fresh.on_load_checkpoint(checkpoint)
     assert (fresh._most_rows(), fresh._most_prompt_tokens([(1,) * 8])) == (3, 2)
+    fresh.engine.row_limit = 5  # pyright: ignore[reportAttributeAccessIssue]
+    fresh.on_save_checkpoint(checkpoint := {"state_dict": {}})
+    cramped.on_load_checkpoint(checkpoint)
+    assert isinstance(cramped.engine, HFRollout)
+    assert cramped.engine.row_limit == 5, "sampling has a limit of its own"
     for ranks, expected in ((2, (0, None)), (4, (1, 6))):
         resumed, stub = PlainDescent(**TINY), SimpleNamespace(world_size=ranks, global_rank=0)
         resumed._trainer = cast(Any, stub)
@@ -89,6 +104,96 @@ def test_one_row_that_does_not_fit_stops_the_run(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Cramped, "most", 0)
     with pytest.raises(torch.OutOfMemoryError):
         fit(tmp_path)
+
+
+class CrampedForScores(PlainDescent):
+    """Memory for ``most`` rows at once in passes without gradient."""
+
+    most = 3
+    tried: list[int]
+
+    def _log_probs(self, model: Any, sequences: Any, temperature: Any = None) -> Any:
+        if not torch.is_grad_enabled():
+            self.tried = [*getattr(self, "tried", []), len(sequences)]
+            if len(sequences) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return super()._log_probs(model, sequences, temperature)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta": 0.2, "updates_per_window": 2},
+        pytest.param({"beta": 0.2, "updates_per_window": 2, "split_backward": True, "overlap_grading": True}, marks=pytest.mark.slow),
+        pytest.param({"beta": 0.2, "kl_estimator": "k1_reward"}, marks=pytest.mark.slow),
+    ],
+)
+def test_out_of_memory_in_passes_without_gradient_halves_them_and_the_gradients_stay(
+    tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, cramped = Gradients(), Gradients()
+    double: dict[str, Any] = {"max_grad_norm": 0.0, "steps": 2, "precision": "64-true"}
+    fit(tmp_path, plain, **double, **settings)
+    monkeypatch.setattr("grpo_fits.PlainDescent", CrampedForScores)
+    module, _ = fit(tmp_path, cramped, **double, **settings)
+    assert isinstance(module, CrampedForScores)
+    most = 1e-5 if "kl_estimator" in settings else 1e-6  # the reward then has the float32 log-probabilities of the sampler in it
+    assert all(deviation(one, other) < most for one, other in zip(cramped.seen, plain.seen, strict=True))
+    first_fit = module.tried.index(next(n for n in module.tried if n <= 3))
+    assert first_fit > 0
+    assert max(module.tried[first_fit:]) <= 3, "what did not fit once is not tried again"
+    assert module._most_rows() == max(module.tried[first_fit:]), "nor in the gradient, and checkpoints say so"
+
+
+def test_out_of_memory_in_the_self_check_compares_fewer_rollouts_and_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    padded, seen = self_check.completion_log_probs, []
+
+    def cramped(model: Any, batch: Any, temperature: float) -> Any:
+        seen.append(len(batch.mask))
+        if len(batch.mask) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return padded(model, batch, temperature)
+
+    plain, own = Gradients(), Gradients()
+    fit(tmp_path, plain, split_backward=True)
+    monkeypatch.setattr(self_check, "completion_log_probs", cramped)
+    fit(tmp_path, own, split_backward=True)
+    assert seen == [3, 1, 1, 1]
+    assert torch.equal(own.seen[0], plain.seen[0])
+
+
+def cramped_sampler(most: int, tried: list[int]) -> HFRollout:
+    """Decodes at most so many completions at once."""
+    sampler = HFRollout()
+    sampler.setup(tiny_model("qwen3"), [1], 0)
+    decode = sampler._decode
+
+    def cramped(prompts: Any, sampling: Any, seeds: Any) -> Any:
+        tried.append(sum(map(len, seeds)))
+        if tried[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return decode(prompts, sampling, seeds)
+
+    sampler._decode = cramped
+    return sampler
+
+
+def test_out_of_memory_while_sampling_decodes_fewer_at_once_and_the_same_completions() -> None:
+    prompts, sampling = [s.prompt_ids for s in ragged([(5, 1), (9, 1), (3, 1)])], Sampling(8)
+    seeds = [[derive_seed("memory", p, i) for i in range(4)] for p in range(3)]
+    tried: list[int] = []
+    sampler, whole = cramped_sampler(4, tried), cramped_sampler(99, []).generate(prompts, sampling, seeds)
+    for _ in range(2):
+        parts = sampler.generate(prompts, sampling, seeds)
+        assert [[s.ids for s in group] for group in parts] == [[s.ids for s in group] for group in whole]
+        for one, other in zip(chain(*parts), chain(*whole), strict=True):
+            assert one.log_probs == pytest.approx(other.log_probs, abs=1e-5)
+    assert tried == [12, 6, *[3] * 4, *[3, 1] * 3], "what did not fit once is not tried again, and groups stay together where they fit"
+    assert sampler.row_limit == 3
+    with pytest.raises(RuntimeError, match=r"does not fit into memory even alone: lower model\.max_new_tokens, train an adapter"):
+        cramped_sampler(0, []).generate(prompts, sampling, seeds)
 
 
 class Broken(TextGrader):
