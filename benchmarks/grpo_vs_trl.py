@@ -160,6 +160,7 @@ def run_trl(folder: Path, steps: int, micro: int) -> None:
 
 def run_ours(folder: Path, steps: int, micro: int) -> None:
     """Our trainer, step by step; ``micro`` is the token budget of a microbatch."""
+    importlib.import_module("theodolite.cli")  # first, as in every run of the command line
     from lightning.pytorch import Callback, LightningDataModule, Trainer
     from torch.utils.data import DataLoader
 
@@ -208,6 +209,8 @@ def run_ours(folder: Path, steps: int, micro: int) -> None:
 
 def run_floor(folder: Path, kind: str) -> None:
     """Import what one side is built on, load the model with its adapter, and say what that holds."""
+    if kind == "ours":
+        importlib.import_module("theodolite.light_torchmetrics").import_torchmetrics()
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -304,7 +307,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=["floor", *CASES], choices=["floor", *CASES])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--micro", type=int, default=512, help="our token budget per microbatch")
+    parser.add_argument("--micro", type=int, default=256, help="our token budget per microbatch")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", choices=["ours", "trl", "floor-ours", "floor-trl"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

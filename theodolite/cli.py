@@ -15,6 +15,7 @@ overrides an earlier one key by key; ``callbacks:`` replaces the list and ``call
 One exception to the rule that ``theodolite`` does not import the three rooms: this file imports what a configuration names of them.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import datetime
@@ -26,6 +27,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from theodolite.light_torchmetrics import import_torchmetrics
+
+import_torchmetrics()  # before Lightning does
 
 from lightning.fabric.accelerators import ACCELERATOR_REGISTRY
 from lightning.fabric.plugins import TorchCheckpointIO
