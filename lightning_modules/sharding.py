@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn, zeros_like
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,15 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from theodolite.distributed import sum_gradients
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The modules that ``transformers`` declares not to be split: a decoder's layers, in order; empty where it declares none."""
-    causal: Any = model
-    while hasattr(causal, "get_base_model"):
-        causal = causal.get_base_model()
-    names = set(getattr(causal, "_no_split_modules", None) or ())
-    return [module for module in causal.modules() if type(module).__name__ in names]
+from theodolite.sharded_memory import decoder_layers
 
 
 class ShardedModel:

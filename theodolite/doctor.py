@@ -188,16 +188,23 @@ def _seconds(value: Any) -> float:
 
 def shards(config: Mapping[str, Any]) -> list[Finding]:
     """Whether a strategy that shards weights is told to, and nothing beside it wants them whole elsewhere."""
-    strategy = (config.get("trainer") or {}).get("strategy")
-    path, given = (strategy.get("class_path"), strategy.get("init_args") or {}) if isinstance(strategy, dict) else (strategy, {})
-    if str(path).rpartition(".")[2] != "ModelParallelStrategy":
+    if not in_shards(config):
         return []
+    strategy = (config.get("trainer") or {}).get("strategy")
+    given = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
     wanted = {"data_parallel_size": str(ranks(config)), "tensor_parallel_size": "1", "save_distributed_checkpoint": "false"}
     wrong = [f"{key} to {value}" for key, value in wanted.items() if str(given.get(key)).lower() != value]
     name, _ = _rollout(config)
     remedies = [f"set trainer.strategy's {' and '.join(wrong)}"] if wrong else []
     remedies += [f"take {name} out: it cannot be given weights in shards"] if name else []
     return [Finding("shards", f"weights and moments over {given.get('data_parallel_size', 'auto')} ranks (FSDP2)", "; ".join(remedies))]
+
+
+def in_shards(config: Mapping[str, Any]) -> bool:
+    """Whether the strategy lays weights in shards over ranks."""
+    strategy = (config.get("trainer") or {}).get("strategy")
+    path = strategy.get("class_path") if isinstance(strategy, dict) else strategy
+    return str(path).rpartition(".")[2] == "ModelParallelStrategy"
 
 
 def ranks(config: Mapping[str, Any]) -> int:

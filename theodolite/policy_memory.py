@@ -3,7 +3,7 @@
 Counts bytes of what is really there: weights (twice where a frozen copy is kept), what is trained with its gradient and Adam's moments, the
 cache of one rollout batch, activations of one microbatch, and its logits. Sizes come from the model's own config, built on the meta device,
 and activations from a forward pass there: what autograd keeps is asked of autograd. What a framework's allocator wastes on top is not
-counted; leave it a tenth.
+counted; leave it a tenth. Weights in shards over ranks (``ModelParallelStrategy``) are counted as one rank holds and gathers them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,20 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from theodolite.doctor import in_shards
 from theodolite.memory_estimate import GIB
+from theodolite.sharded_memory import shards_memory
 
 FUSED_ATTENTION = "theodolite_counted_attention"
 LOGIT_BYTES = 16
 """Per logit where most are held: four float32 arrays while the softmax is differentiated. ``split_backward`` needs none of them."""
+
+PHASES = (
+    ("cache of a rollout batch", "weights gathered to sample", "shards of gradients"),
+    ("activations of a microbatch", "logits of a microbatch", "weights gathered for the gradient", "whole gradients"),
+    ("weights gathered for the gradient", "whole gradients", "their sum over ranks"),
+)
+"""Sampling, a microbatch's gradient, and the sum of gradients over ranks: what is held in them alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,8 @@ def policy_memory(
     merged: bool = False,
     samples: bool = True,
     recomputed: bool = False,
+    shards: int = 1,
+    split: bool = False,
 ) -> dict[str, int]:
     """Bytes by what they are for.
 
@@ -91,6 +102,8 @@ def policy_memory(
         merged: A copy with the adapter folded in is kept for sampling.
         samples: The model itself samples, with a cache of a whole rollout batch; False = another engine does.
         recomputed: Layers keep their input and are computed once more going backwards, one after the other.
+        shards: Ranks over which weights, gradients and moments are sharded; 1 = each holds all of them.
+        split: In shards, the gradient gathers all weights at once (``split_backward``).
     """
     parameters = {id(p): (name, p) for name, p in model.named_parameters()}.values()
     config: Any = cast(Any, model).config.get_text_config()
@@ -106,10 +119,10 @@ def policy_memory(
     activations = kept_for_backward(model, size.micro, longest, frozen)
     if recomputed:
         activations = 2 * activations // layers + layers * size.micro * longest * hidden * item  # one layer's, with their gradients
-    return {
-        "weights": weights * (1 + reference + merged),
-        "gradients": trained,
-        "optimizer": 2 * trained,
+    held = {"weights": weights * (1 + reference + merged), "gradients": trained, "optimizer": 2 * trained}
+    if shards > 1:
+        held = shards_memory(model, wanted, shards, int(reference), merged, split)
+    return held | {
         "cache of a rollout batch": samples * 2 * item * size.rollouts * (size.prompt + size.completion) * layers * heads * width,
         "activations of a microbatch": activations,
         "logits of a microbatch": LOGIT_BYTES * size.scored * int(config.vocab_size),
@@ -194,10 +207,9 @@ def describe(parts: Mapping[str, int]) -> str:
 
 
 def at_most(parts: Mapping[str, int]) -> int:
-    """Bytes at the larger of the two phases: sampling and training do not happen at once. Every other part is held in both."""
-    phases = (("cache of a rollout batch",), ("activations of a microbatch", "logits of a microbatch"))
-    largest = max(sum(parts[name] for name in phase) for phase in phases)
-    return largest + sum(size for name, size in parts.items() if not any(name in phase for phase in phases))
+    """Bytes at the largest of the phases, which do not happen at once. Every other part is held in all of them."""
+    largest = max(sum(parts.get(name, 0) for name in phase) for phase in PHASES)
+    return largest + sum(size for name, size in parts.items() if not any(name in phase for phase in PHASES))
 
 
 def estimate(tree: Mapping[str, Any], ranks: int) -> str:
@@ -234,4 +246,6 @@ def needs(tree: Mapping[str, Any], ranks: int) -> tuple[RolloutSize, dict[str, i
     built = meta_model(model["policy"], dtype, lora)
     samples = not model.get("rollout")
     flags = {name: bool(model.get(key)) for name, key in (("merged", "merge_adapter"), ("recomputed", "gradient_checkpointing"))}
-    return size, policy_memory(built, size, model.get("trainable"), copies, samples=samples, **flags)
+    split = bool(model.get("split_backward")) and not flags["recomputed"]
+    shards = ranks if in_shards(tree) else 1
+    return size, policy_memory(built, size, model.get("trainable"), copies, samples=samples, shards=shards, split=split, **flags)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -69,11 +70,16 @@ def _deviation(module: Any, sequences: Sequence[TokenSequence]) -> float:
     finally:
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
-    size = float(padded.norm())
-    return float((ours - padded).norm()) / size if size else float(ours.norm())
+    off, size = _norm(a.double() - b.double() for a, b in zip(ours, padded, strict=True)), _norm(padded)
+    return off / size if size else off
 
 
-def _gradient(module: Any, parameters: Sequence[torch.nn.Parameter], sequences: Sequence[TokenSequence], path: str) -> Tensor:
+def _norm(tensors: Iterable[Tensor]) -> float:
+    """Of all of them together, in float64, one after the other: a flat copy of a gradient would take twice its memory."""
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+
+
+def _gradient(module: Any, parameters: Sequence[torch.nn.Parameter], sequences: Sequence[TokenSequence], path: str) -> list[Tensor]:
     for parameter in parameters:
         parameter.grad = None
     device, temperature = module.device, module.sampling.temperature
@@ -87,8 +93,7 @@ def _gradient(module: Any, parameters: Sequence[torch.nn.Parameter], sequences: 
             split.finish(lambda scalar: _backward(module, scalar))
         else:
             _backward(module, _weighted(module.completion_log_probs(sequences)[0]))
-    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    return torch.cat([gradient.flatten().double() for gradient in found])
+    return [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters]
 
 
 def _backward(module: Any, scalar: Tensor) -> None:

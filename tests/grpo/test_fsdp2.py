@@ -30,7 +30,7 @@ from theodolite.lightning_modules.grpo.losses import TokenBatch
 from theodolite.lightning_modules.grpo.module import GRPOModule
 from theodolite.lightning_modules.sft import SFTModule
 from theodolite.lightning_modules.sharded_weights import check_sharding
-from theodolite.lightning_modules.sharding import decoder_layers
+from theodolite.sharded_memory import decoder_layers
 
 STRATEGY = "lightning.pytorch.strategies.ModelParallelStrategy"
 SIZES = {"data_parallel_size": "2", "tensor_parallel_size": "1", "save_distributed_checkpoint": "false"}
