@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningCLI
 
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS))  # so that configs can name tiny_modules, here and in child processes
+from warm_processes import run  # noqa: E402
 
 from theodolite import cli as cli_module  # noqa: E402
 from theodolite.cli import SUBCOMMANDS, TheodoliteCLI, main  # noqa: E402
@@ -324,8 +325,9 @@ def without_epoch_means(text: bytes) -> list[bytes]:
 
 def test_kill_between_checkpoint_and_row_loses_nothing(uninterrupted: Path, project: Path) -> None:
     args = ["fit", "--config=tiny.yaml", "--config=every_three.yaml", "--run_dir=killed"]
-    done = child(*args, "--trainer.logger=tiny_modules.KillAfterSave", "--trainer.logger.step=6")
-    assert done.returncode == -signal.SIGKILL, done.stderr[-8000:]
+    log = project / "log.txt"
+    code = run(["-m", "theodolite", *args, "--trainer.logger=tiny_modules.KillAfterSave", "--trainer.logger.step=6"], log)
+    assert code == -signal.SIGKILL, log.read_text()[-8000:]
     assert max(row["step"] for row in rows(project / "killed")) == 4
     main([*args, "--ckpt_path=killed/checkpoints/step=6.ckpt"])
     killed, whole = ((folder / "metrics.jsonl").read_bytes() for folder in (project / "killed", uninterrupted))

@@ -10,12 +10,13 @@ A file that only makes sense over others names them, lowest first, in its leadin
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from warm_processes import run
 
 from theodolite.cli import main
 
@@ -68,12 +69,10 @@ SMALL = {name: answer for name in CONFIGS if (answer := declarations(ROOT / name
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (answer == "slowly")) for name, answer in SMALL.items()])
-def test_small_config_runs_two_batches(name: str, tmp_path: Path) -> None:
+def test_small_config_runs_two_batches(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     options = ["--trainer.fast_dev_run=2", "--trainer.accelerator=cpu", "--trainer.devices=1", f"--run_dir={tmp_path}"]
-    command = [sys.executable, "-m", "theodolite", *arguments(name), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert run(["-m", "theodolite", *arguments(name), *options], tmp_path / "log.txt") == 0, (tmp_path / "log.txt").read_text()[-2000:]
 
 
 def test_stack_resolves_layers_in_order_and_once(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -20,6 +18,9 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from warm_processes import run_ranks
 
 from theodolite.callbacks.detectors import text_detector
 from theodolite.callbacks.direction_checks import DirectionChecks
@@ -655,18 +656,8 @@ def main(folder: str) -> None:
 
 @pytest.mark.distributed
 def test_two_ranks_agree_with_each_other_and_with_one(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    jobs = [shared | {"TEST_WORLD": "2", "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"} for rank in range(2)]
-    children = [subprocess.Popen([sys.executable, __file__, str(tmp_path)], env=env) for env in jobs]
-    try:
-        main(str(tmp_path))
-        assert [child.wait(timeout=120) for child in children] == [0, 0]
-    finally:
-        for child in children:
-            child.kill()
+    main(str(tmp_path))
+    run_ranks([__file__, str(tmp_path)], tmp_path, environment={"TEST_WORLD": "2"})
     one, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     assert first == second, "ranks must end with the same weights, queue and logged numbers"
     assert first["queue"] == one["queue"]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS))
 
 from tiny_policies import callback, config, grpo, prompts, sft  # noqa: E402
+from warm_processes import run, run_ranks  # noqa: E402
 
 from theodolite.cli import RUN_DIR_VARIABLE, main  # noqa: E402
 
@@ -42,31 +40,10 @@ def _no_inherited_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def environment(**extra: str) -> dict[str, str]:
-    inherited = {key: value for key, value in os.environ.items() if key not in (RUN_DIR_VARIABLE, "PL_GLOBAL_SEED")}
-    path = os.pathsep.join([str(TESTS), *filter(None, [inherited.get("PYTHONPATH")])])
-    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""} | extra
-
-
 def two_ranks(folder: Path, *command_lines: list[str]) -> None:
     """Run command lines, one after the other, on two processes that form a group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     (folder / "commands.json").write_text(json.dumps([[*line, "--trainer.devices=2", "--trainer.strategy=ddp"] for line in command_lines]))
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": "2"}
-    ranks = []
-    try:
-        for rank in range(2):
-            log = open(folder / f"rank-{rank}.txt", "w")  # noqa: SIM115  (lives as long as the child)
-            command = [sys.executable, __file__, str(folder / "commands.json")]
-            ranks.append(subprocess.Popen(command, env=environment(LOCAL_RANK=str(rank), **shared), stdout=log, stderr=subprocess.STDOUT))
-        codes = [rank.wait(timeout=200) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert codes == [0, 0], (folder / "rank-0.txt").read_text()[-3000:] + (folder / "rank-1.txt").read_text()[-3000:]
+    run_ranks([__file__, str(folder / "commands.json")], folder)
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -128,11 +105,11 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
     losses = [row["train/loss"] for row in rows(tmp_path / "run-one") if "train/loss" in row]
     assert len(losses) == 4
     assert all(math.isfinite(loss) for loss in losses)
-    for run in ("run", "run-sft"):
-        tables = sorted(path.name for path in (tmp_path / f"{run}-one" / "rollouts").iterdir())
+    for kind in ("run", "run-sft"):
+        tables = sorted(path.name for path in (tmp_path / f"{kind}-one" / "rollouts").iterdir())
         assert tables == [f"step_{step:06d}_val_hinted.parquet" for step in (0, 2, 4)]
         for table in tables:
-            first, second = (pd.read_parquet(tmp_path / f"{run}-{name}" / "rollouts" / table) for name in ("one", "two"))
+            first, second = (pd.read_parquet(tmp_path / f"{kind}-{name}" / "rollouts" / table) for name in ("one", "two"))
             pd.testing.assert_frame_equal(first, second)
             assert first["slot"].tolist() == list(range(7))
             assert first["problem"].tolist() == [f"held-out{i}" for i in range(7)]
@@ -152,9 +129,9 @@ def test_killed_and_resumed_run_leaves_the_bytes_of_the_uninterrupted_one(tmp_pa
 
     whole = written("whole")
     killed = written("killed", callback("tiny_policies.KillInWindow", step=5))
-    command = [sys.executable, "-m", "theodolite", "fit", f"--config={killed}", f"--run_dir={tmp_path}/run-killed"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    log = tmp_path / "log.txt"
+    code = run(["-m", "theodolite", "fit", f"--config={killed}", f"--run_dir={tmp_path}/run-killed"], log)
+    assert code == -signal.SIGKILL, log.read_text()[-3000:]
     assert [row["step"] for row in rows(tmp_path / "run-killed") if "train/loss" in row] == [0, 1, 2, 3, 4]
     main(["fit", f"--config={whole}", f"--run_dir={tmp_path}/run-whole"])
     resumed = written("killed")

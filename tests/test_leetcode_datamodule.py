@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from warm_processes import run_ranks
 
 from theodolite.datamodules.leetcode import LeetCodeDataModule, LeetCodeSFTDataModule
 from theodolite.datamodules.leetcode.graded import GradedDataModule
@@ -215,15 +215,6 @@ run.fit(module, LeetCodeDataModule(**SMALL))
 """
 
 
-def run_limited(command: list[str], seconds: float) -> None:
-    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        assert process.wait(seconds) == 0
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
 def by_slot(ranks: list[list[list[str]]]) -> list[list[str]]:
     """Put the ranks' shares of each global batch together by the documented slot ``rank + i * world_size``."""
     batches = []
@@ -237,7 +228,7 @@ def by_slot(ranks: list[list[list[str]]]) -> list[list[str]]:
 def test_two_ranks_see_each_row_of_the_same_global_batches_once(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    run_limited([sys.executable, str(script), "2", str(tmp_path)], 150)
+    run_ranks([str(script), "2", str(tmp_path)], tmp_path)
     shares = [json.loads((tmp_path / f"2_{rank}.json").read_text()) for rank in range(2)]
     module = Recorder()
     trainer(tmp_path, max_epochs=1).fit(module, LeetCodeDataModule(**SMALL))

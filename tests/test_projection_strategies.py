@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +19,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from warm_processes import run_ranks
 
 from theodolite.callbacks.gradient_projection import GradientProjectionCallback
 from theodolite.functional.directions import ConceptDirection
@@ -245,27 +246,12 @@ def main(folder: str, kind: str) -> None:
     Path(folder, f"{kind}-{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(results))
 
 
-def launch(folder: Path, kind: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = range(1 if kind == "single" else 2)
-    jobs = [shared | {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(len(ranks))} for rank in ranks]
-    children = [subprocess.Popen([sys.executable, __file__, str(folder), kind], env=env) for env in jobs]
-    try:
-        assert [child.wait(timeout=150) for child in children] == [0] * len(children)
-    finally:
-        for child in children:
-            child.kill()
-
-
 @pytest.mark.distributed
 def test_one_process_two_ddp_ranks_and_two_fsdp2_ranks_make_the_same_steps(tmp_path: Path) -> None:
     read: dict[str, list[dict[str, Any]]] = {}
     for kind in ("single", "ddp", "fsdp2"):
-        launch(tmp_path, kind)
         ranks = ["0"] if kind == "single" else ["0", "1"]
+        run_ranks([__file__, str(tmp_path), kind], tmp_path, len(ranks))
         read[kind] = [json.loads((tmp_path / f"{kind}-{rank}.json").read_text()) for rank in ranks]
     (one,) = read["single"]
     for kind in ("ddp", "fsdp2"):

@@ -21,13 +21,13 @@ for place in ("", "grpo", "transcoder", "decomposition", "talkative"):
     sys.path.insert(0, str(TESTS / place))
 
 import tiny_talkative  # noqa: E402
-from rank_processes import run_ranks  # noqa: E402
 from test_activations_distributed import DATA as ACTIVATIONS  # noqa: E402
 from test_decomposition_processes import written as decomposition  # noqa: E402
 from test_grpo_distributed import PROJECTION  # noqa: E402
 from test_talkative_distributed import STAGES  # noqa: E402
 from test_transcoder_distributed import CONFIG as TRANSCODER  # noqa: E402
 from tiny_policies import callback, config, grpo, prompts, sft  # noqa: E402
+from warm_processes import run_ranks  # noqa: E402
 
 from theodolite.cli import RUN_DIR_VARIABLE, main  # noqa: E402
 
@@ -139,14 +139,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.delenv(name, raising=False)
     tiny_talkative.save_target(root / "target")
     (root / "recorded").mkdir()
-    run_ranks(__file__, root / "recorded", 1, json.dumps([line(root / "recorded", "grpo_replayed", recording(root / "recorded", None))]))
+    launch(root / "recorded", 1, [line(root / "recorded", "grpo_replayed", recording(root / "recorded", None))])
     for world in WORLDS:
         folder = root / str(world)
         folder.mkdir()
         lines = [line(folder, name, write(folder)) for name, (write, _) in STUDIES.items()]
-        run_ranks(__file__, folder, world, json.dumps(lines))
+        launch(folder, world, lines)
     patch.undo()
     return root
+
+
+def launch(folder: Path, world: int, lines: list[list[str]]) -> None:
+    run_ranks([__file__, str(world), json.dumps(lines)], folder, world, seconds=600)
 
 
 def line(folder: Path, name: str, config_file: str) -> list[str]:
@@ -196,6 +200,6 @@ def test_what_was_replayed_is_what_was_recorded(runs: Path) -> None:
 
 
 if __name__ == "__main__":
-    for arguments in json.loads(sys.argv[3]):
-        world = int(sys.argv[2])
+    for arguments in json.loads(sys.argv[2]):
+        world = int(sys.argv[1])
         main([*arguments, f"--trainer.devices={world}", *(["--trainer.strategy=ddp"] if world > 1 else [])])

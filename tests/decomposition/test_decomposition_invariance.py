@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -15,8 +13,9 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 from tiny_decomposition import MEASURES, numbers, tiny, tokens  # noqa: E402
+from warm_processes import finish, start  # noqa: E402
 
 from theodolite.lightning_modules.decomposition.evaluation import Evaluation, build_measures  # noqa: E402
 
@@ -47,21 +46,12 @@ def test_microbatches_change_nothing_under_binomial_sampling_and_in_float32() ->
     assert_same(numbers(0, 1, 2, torch.float32), alone(torch.float32), 1e-5)
 
 
-def run_ranks(folder: Path, ranks: int) -> None:
-    script, environment = str(HERE / "tiny_decomposition.py"), os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    children = [subprocess.Popen([sys.executable, script, str(folder), str(r), str(ranks)], env=environment) for r in range(ranks)]
-    try:
-        assert [child.wait(timeout=240) for child in children] == [0] * ranks
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_change_nothing(ranks: int, tmp_path: Path) -> None:
-    run_ranks(tmp_path, ranks)
+    script, logs = str(HERE / "tiny_decomposition.py"), [tmp_path / f"rank-{rank}.txt" for rank in range(ranks)]
+    codes = finish([start([script, str(tmp_path), str(rank), str(ranks)], log) for rank, log in enumerate(logs)])
+    assert codes == [0] * ranks, logs[-1].read_text()[-3000:]
     for name, dtype, tolerance in (
         ("float64", torch.float64, 1e-9),
         ("float64-micro", torch.float64, 1e-9),

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from rank_processes import run_ranks  # noqa: E402
 from tiny_talkative import MODELS, data, made, save_target  # noqa: E402
+from warm_processes import run_ranks  # noqa: E402
 
 from theodolite.callbacks.best_of_k import BestOfKCallback  # noqa: E402
 from theodolite.datamodules.toy.talkative import ToyCorpus  # noqa: E402
@@ -60,6 +60,11 @@ def compared(one: Path, other: Path) -> tuple[int, int, float]:
     return sum(ours != theirs for ours, theirs in zip(*texts, strict=True)), len(texts[0]), float(difference)
 
 
+def launch(folder: Path, ranks: int, kind: str, rows: int) -> None:
+    folder.mkdir(exist_ok=True)
+    run_ranks([__file__, str(folder), str(ranks), kind, str(rows)], folder, ranks, seconds=600)
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
@@ -70,9 +75,9 @@ def test_batches_and_ranks_leave_the_texts_of_a_language_model_alone(tmp_path: P
     sweep(reference, kind)
     for batch in (1, 7):
         sweep(tmp_path / f"batch {batch}", kind, batch=batch)
-    run_ranks(__file__, tmp_path / "2 ranks", 2, kind, str(ROWS))
+    launch(tmp_path / "2 ranks", 2, kind, ROWS)
     for ranks, rows in ((4, 16), (2, 40)):
-        run_ranks(__file__, tmp_path / "4, 2, 1 ranks", ranks, kind, str(rows))
+        launch(tmp_path / "4, 2, 1 ranks", ranks, kind, rows)
     sweep(tmp_path / "4, 2, 1 ranks", kind)
     assert len(set(pd.read_parquet(reference / "out" / "k_sweep_results.parquet")["text"])) > ROWS, "the texts are no constant"
     for name in ("batch 1", "batch 7", "2 ranks", "4, 2, 1 ranks"):

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from rank_processes import run_ranks  # noqa: E402
 from tiny_describers import LETTERS, Table, TableData, TinyDescriber  # noqa: E402
+from warm_processes import run_ranks  # noqa: E402
 
 from theodolite.best_of_k.candidates import Candidates, Drawing  # noqa: E402
 from theodolite.best_of_k.curves import Curves, Resampling  # noqa: E402
@@ -363,7 +363,8 @@ def test_runs_are_named_apart() -> None:
 
 def ranks(folder: Path, count: int, rows: int) -> None:
     """Run the sweep on ``count`` processes that form a group."""
-    run_ranks(__file__, folder, count, str(rows))
+    folder.mkdir(exist_ok=True, parents=True)
+    run_ranks([__file__, str(folder), str(count), str(rows)], folder, count)
 
 
 @pytest.mark.slow

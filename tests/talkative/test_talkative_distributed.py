@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +12,10 @@ import pytest
 from safetensors.torch import load_file
 
 TESTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(TESTS))
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 from tiny_talkative import config, save_target  # noqa: E402
+from warm_processes import run, run_ranks  # noqa: E402
 
 from theodolite.cli import RUN_DIR_VARIABLE, main  # noqa: E402
 
@@ -34,31 +32,10 @@ def _no_inherited_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def environment(**extra: str) -> dict[str, str]:
-    inherited = {key: value for key, value in os.environ.items() if key not in (RUN_DIR_VARIABLE, "PL_GLOBAL_SEED")}
-    path = os.pathsep.join([str(TESTS), *filter(None, [inherited.get("PYTHONPATH")])])
-    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""} | extra
-
-
 def two_ranks(folder: Path, lines: list[list[str]]) -> None:
     """Run command lines, one after the other, on two processes that form a group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     (folder / "commands.json").write_text(json.dumps([[*line, "--trainer.devices=2", "--trainer.strategy=ddp"] for line in lines]))
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": "2"}
-    ranks = []
-    try:
-        for rank in range(2):
-            log = open(folder / f"rank-{rank}.txt", "w")  # noqa: SIM115  (lives as long as the child)
-            command = [sys.executable, __file__, str(folder / "commands.json")]
-            ranks.append(subprocess.Popen(command, env=environment(LOCAL_RANK=str(rank), **shared), stdout=log, stderr=subprocess.STDOUT))
-        codes = [rank.wait(timeout=200) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert codes == [0, 0], (folder / "rank-0.txt").read_text()[-3000:] + (folder / "rank-1.txt").read_text()[-3000:]
+    run_ranks([__file__, str(folder / "commands.json")], folder)
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -112,9 +89,9 @@ def test_killed_and_resumed_run_leaves_the_bytes_of_the_uninterrupted_one(tmp_pa
         return config(file, "TalkativeGRPO", target, tmp_path / "banks", callbacks, settings, max_steps=8)
 
     killed = written("killed", callback("KillAfterGradients", step=5))
-    command = [sys.executable, "-m", "theodolite", "fit", f"--config={killed}", f"--run_dir={tmp_path}/run-killed"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    log = tmp_path / "log.txt"
+    code = run(["-m", "theodolite", "fit", f"--config={killed}", f"--run_dir={tmp_path}/run-killed"], log)
+    assert code == -signal.SIGKILL, log.read_text()[-3000:]
     main(["fit", f"--config={written('whole')}", f"--run_dir={tmp_path}/run-whole"])
     ckpt = f"--ckpt_path={tmp_path}/run-killed/checkpoints/step=4.ckpt"
     main(["fit", f"--config={written('killed')}", f"--run_dir={tmp_path}/run-killed", ckpt])

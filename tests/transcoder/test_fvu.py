@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.regression import R2Score
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from warm_processes import run_ranks
 
 from theodolite.functional.fvu import fraction_of_variance_unexplained, median_token_fvu
 from theodolite.functional.row_sample import sample_keys
@@ -297,21 +299,9 @@ def distributed_rank(rank: int, world: int, port: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_real_ranks_give_the_numbers_of_one() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, __file__, port]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([*command, str(r)], env=environment, stderr=subprocess.PIPE, text=True) for r in range(2)]
-    try:
-        for process in ranks:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in ranks:
-            process.kill()
+def test_two_real_ranks_give_the_numbers_of_one(tmp_path: Path) -> None:
+    run_ranks([__file__], tmp_path)
 
 
 if __name__ == "__main__":
-    distributed_rank(int(sys.argv[2]), 2, sys.argv[1])
+    distributed_rank(int(os.environ["RANK"]), 2, os.environ["MASTER_PORT"])

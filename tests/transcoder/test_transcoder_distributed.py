@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))  # the configs name classes of tiny_features
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # the configs name classes of tiny_features
+from warm_processes import run, run_ranks  # noqa: E402
 
 from theodolite.cli import RUN_DIR_VARIABLE, main  # noqa: E402
 
@@ -51,22 +49,6 @@ def written(folder: Path, name: str, *callbacks: dict[str, Any], **trainer: Any)
     return str(path)
 
 
-def start(arguments: list[str], **extra: str) -> subprocess.Popen[str]:
-    inherited = {key: value for key, value in os.environ.items() if key not in (RUN_DIR_VARIABLE, "PL_GLOBAL_SEED")}
-    environment = inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""} | extra
-    command = [sys.executable, "-m", "theodolite", *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(*processes: subprocess.Popen[str]) -> list[str]:
-    """Outputs; processes that hang are killed."""
-    try:
-        return [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-
-
 def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -74,15 +56,9 @@ def rows(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.distributed
 def test_two_ranks_train_and_evaluate_as_one(tmp_path: Path) -> None:
     """BatchTopK selects over the global batch, dead latents and thresholds are global, and the last evaluation batch is uneven."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     main(["fit", f"--config={written(tmp_path, 'one')}", f"--run_dir={tmp_path}/run-one", "--trainer.devices=1"])
     line = ["fit", f"--config={written(tmp_path, 'two')}", f"--run_dir={tmp_path}/run-two", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "WORLD_SIZE": "2"}
-    ranks = [start(line, LOCAL_RANK=str(rank), RANK=str(rank), **shared) for rank in range(2)]
-    outputs = finish(*ranks)
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs[0][-3000:]
+    run_ranks(["-m", "theodolite", *line], tmp_path)
     weights = [load_file(tmp_path / name / f"weights-{rank}.safetensors") for name, rank in (("one", 0), ("two", 0), ("two", 1))]
     for name, expected in weights[0].items():
         for other in weights[1:]:
@@ -102,9 +78,9 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
         "init_args": {"every_n_train_steps": 3, "save_top_k": -1, "filename": "{step}"},
     }
     kill = {"class_path": "tiny_features.KillAfter", "init_args": {"batch": 10}}
-    killed = start(["fit", f"--config={written(tmp_path, 'killed', checkpoint, kill)}", f"--run_dir={tmp_path}/run-killed"])
-    output = finish(killed)
-    assert killed.returncode == -signal.SIGKILL, output[0][-3000:]
+    log = tmp_path / "log.txt"
+    line = ["fit", f"--config={written(tmp_path, 'killed', checkpoint, kill)}", f"--run_dir={tmp_path}/run-killed"]
+    assert run(["-m", "theodolite", *line], log) == -signal.SIGKILL, log.read_text()[-3000:]
     main(["fit", f"--config={written(tmp_path, 'whole', checkpoint)}", f"--run_dir={tmp_path}/run-whole"])
     again = ["fit", f"--config={written(tmp_path, 'killed', checkpoint)}", f"--run_dir={tmp_path}/run-killed"]
     main([*again, f"--ckpt_path={tmp_path}/run-killed/checkpoints/step=9.ckpt"])
