@@ -18,8 +18,10 @@ per-sequence mean is ``grpo``), there is no KL term unless ``beta`` > 0, and its
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
@@ -30,6 +32,7 @@ from theodolite.batch_arithmetic import BatchArithmetic, split_batch
 from theodolite.distributed import gather_objects
 from theodolite.functional.advantages import gdpo_advantages, group_advantages
 from theodolite.protocols import Window
+from theodolite.seeds import derive_seed
 
 from ..merged_adapter import check_merging
 from ..sharded_weights import check_sharding
@@ -71,7 +74,7 @@ class GRPOModule(CollectionModule):
         zero_variance: Groups whose rewards are all equal: ``skip`` (nothing to compute, but in the denominators), ``drop`` (not in the
             denominators, no KL term either) or ``refill`` (their slots go to further training prompts, which the sampler names by step).
         refill_attempts: Most rounds of further prompts per window; a slot that stays without signal keeps its own.
-        mismatch: ``mode`` (token_tis, token_mis, sequence_tis, sequence_mis, geometric_mis), ``low`` and ``high``: correct for a sampler
+        mismatch: ``mode`` (token, sequence or geometric, with _tis or _mis: token_tis), ``low`` and ``high``: correct for a sampler
             whose probabilities are not the trainer's; ``auto`` = with another ``rollout`` than the trainer's own model, ``geometric_mis``
             in [0.9, 1.1] for completions of more than 512 tokens and ``token_tis`` up to 2 for shorter ones; null = only measure.
             With ``reuse_sampler_log_probs`` or ``overlap_sampling`` there is nothing left to correct, and ``auto`` is null.
@@ -208,8 +211,13 @@ class GRPOModule(CollectionModule):
     # ------------------------------------------------------------------ one window
 
     def training_step(self, batch: list[Any], batch_idx: int) -> None:
-        """One window: rollouts, grades, advantages, gradients, ``updates_per_window`` optimizer steps."""
+        """One window: rollouts, grades, advantages, gradients, ``updates_per_window`` optimizer steps.
+
+        Nothing here draws from the libraries' global generators. A callback or environment of one's own may: every window begins with
+        states that follow from seed, step and rank, so that a resumed run draws what the uninterrupted one drew.
+        """
         self.seconds = {}
+        _seed_libraries(derive_seed(self.run_seed, "libraries", self.trainer.global_step, self.global_rank))
         self.gather_weights()
         window, verdicts, anchors = self.collect(batch)
         self._hook("on_rollouts", window, verdicts)
@@ -293,3 +301,10 @@ class GRPOModule(CollectionModule):
         """This rank's rows of what :meth:`_by_slot` gathered."""
         ranks = self.trainer.world_size
         return by_slot.view(-1, ranks, self.group_size)[:, self.global_rank].reshape(-1)
+
+
+def _seed_libraries(seed: int) -> None:
+    """Set the global generators of Python, NumPy and torch (every device's), for code of others that draws from them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
@@ -22,7 +26,7 @@ from tiny_policies import Row, TextGrader, TinyPrompts
 from theodolite.lightning_modules.grpo import gradients
 from theodolite.lightning_modules.grpo.window import cut
 from theodolite.lightning_modules.split_prefix import SplitPrefix
-from theodolite.protocols import Grade, Window
+from theodolite.protocols import Grade, Reward, Window
 
 
 @settings(max_examples=60, deadline=None)
@@ -108,3 +112,38 @@ def test_a_sampler_in_the_trainer_s_process_is_not_corrected_unless_that_is_aske
     assert PlainDescent(**TINY).mismatch is None
     asked = {"mode": "token_tis", "high": 2.0}
     assert PlainDescent(**TINY, mismatch=asked).mismatch == ("token_tis", 0.0, 2.0)
+
+
+class Rewards(Callback):
+    """Rewards of every window."""
+
+    def __init__(self) -> None:
+        self.values: list[list[float]] = []
+
+    def on_rollouts(self, trainer: Any, pl_module: Any, window: Window) -> None:
+        self.values.append(window.values.tolist())
+
+
+class Dice(TextGrader):
+    """Rewards drawn from the libraries' global generators."""
+
+    def one(self, row: Row, text: str) -> Grade:
+        drawn = random.random() + float(np.random.rand()) + float(torch.rand(()))
+        return replace(super().one(row, text), reward=Reward(drawn, False, False))
+
+
+def test_a_resumed_run_draws_from_global_generators_what_the_uninterrupted_one_drew(tmp_path: Path) -> None:
+    def rewards(name: str, steps: int, ckpt_path: Any = None) -> tuple[list[list[float]], Any]:
+        data, seen = TinyPrompts(), Rewards()
+        data.environment = Dice()
+        _, trainer = fit(tmp_path / name, seen, steps=steps, data=data, ckpt_path=ckpt_path)
+        return seen.values, trainer
+
+    whole, _ = rewards("whole", 2)
+    first, trainer = rewards("first", 1)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    random.random()
+    torch.rand(3)
+    rest, _ = rewards("rest", 2, tmp_path / "first.ckpt")
+    assert first + rest == whole
+    assert whole[0] != whole[1]

@@ -13,8 +13,15 @@ from torch import Tensor
 
 from theodolite.functional.policy_loss import LOG_RATIO_BOUND
 
-MismatchMode: TypeAlias = Literal["token_tis", "token_mis", "sequence_tis", "sequence_mis", "geometric_mis"]
-MISMATCH_MODES: tuple[MismatchMode, ...] = ("token_tis", "token_mis", "sequence_tis", "sequence_mis", "geometric_mis")
+MismatchMode: TypeAlias = Literal["token_tis", "token_mis", "sequence_tis", "sequence_mis", "geometric_tis", "geometric_mis"]
+MISMATCH_MODES: tuple[MismatchMode, ...] = (
+    "token_tis",
+    "token_mis",
+    "sequence_tis",
+    "sequence_mis",
+    "geometric_tis",
+    "geometric_mis",
+)
 
 
 def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
@@ -62,6 +69,7 @@ def mismatch_weights(gap: Tensor, mask: Tensor, mode: MismatchMode, low: float, 
     ``token_mis``      :math:`e^{d_{it}}` if in :math:`[c, C]`, else 0                      masked importance sampling, IcePop
     ``sequence_tis``   :math:`\min(e^{\sum_t d_{it}}, C)`
     ``sequence_mis``   :math:`e^{\sum_t d_{it}}` if in :math:`[c, C]`, else 0
+    ``geometric_tis``  :math:`\min(e^{\frac{1}{n_i}\sum_t d_{it}}, C)`                       the sequence's ratio per token, any length
     ``geometric_mis``  1 if :math:`e^{\frac{1}{n_i}\sum_t d_{it}}` in :math:`[c, C]`, else 0  rejection by geometric mean, any length
     =================  ===================================================================  ========================================
 
@@ -87,7 +95,7 @@ def mismatch_weights(gap: Tensor, mask: Tensor, mode: MismatchMode, low: float, 
     else:
         total = (gap * mask).sum(dim=1, keepdim=True)
         mean = total / mask.sum(dim=1, keepdim=True).clamp_min(1)
-        ratio = (mean if mode == "geometric_mis" else total.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)).exp()
+        ratio = (mean if mode.startswith("geometric") else total.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)).exp()
     if mode.endswith("tis"):
         return ratio.clamp_max(high)
     kept = (ratio >= low) & (ratio <= high)
