@@ -21,6 +21,8 @@ import run_attacks  # noqa: E402  # pyright: ignore[reportMissingImports]
 from programs import ATTACKS  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 NOBODY = 65534
+WANTED = "loophole innocent claim forgery liar names walk state exit time memory output machine poison text"
+KINDS = set(WANTED.split())
 
 
 def outcome(prefix: list[str], tier: str = "auto", every: int = 1, first: int = 0) -> dict[str, Any]:
@@ -44,19 +46,25 @@ def as_nobody() -> list[str]:
 
 def test_the_suite_is_large_and_covers_every_class():
     assert len(ATTACKS) >= 500
-    wanted = "loophole innocent claim forgery liar names walk state exit time memory output machine poison text"
-    assert {attack.kind for attack in ATTACKS.values()} == set(wanted.split())
+    assert kinds(0, 1) == KINDS
 
 
-def test_no_attack_of_every_second_succeeds_on_this_machines_best_tier(tmp_path, monkeypatch):
+def kinds(first: int, every: int) -> set[str]:
+    """Those of every so many attacks: what runs in a fast test holds one of each."""
+    return {attack.kind for attack in list(ATTACKS.values())[first::every]}
+
+
+def test_no_attack_of_every_fourth_succeeds_on_this_machines_best_tier(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = run_attacks.main(every="2")  # all of them on every tier: the slow test below
-    assert (result["wrong"], result["attacks"]) == ([], len(ATTACKS) // 2)
+    assert kinds(0, 4) == KINDS
+    result = run_attacks.main(every="4")  # all of them on every tier: the slow test below
+    assert (result["wrong"], result["attacks"]) == ([], len(range(0, len(ATTACKS), 4)))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_attack_of_every_fourth_succeeds_for_an_unprivileged_user():
-    result = outcome(as_nobody(), every=4, first=1)
+def test_no_attack_of_every_eighth_succeeds_for_an_unprivileged_user():
+    assert kinds(1, 8) == KINDS
+    result = outcome(as_nobody(), every=8, first=1)
     assert result["wrong"] == []
     assert result["uid"] == NOBODY
 
