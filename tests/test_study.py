@@ -165,8 +165,8 @@ def test_killed_study_leaves_no_process_behind(tmp_path: Path, name: str) -> Non
         assert wait_for(lambda: all((tmp_path / run / "metrics.jsonl").is_file() for run in "ab"), 120), "the runs never started"
         assert len(marked(mark)) >= 4
         study.send_signal(getattr(signal, name))
-        study.wait(timeout=30)
-        assert wait_for(lambda: not marked(mark), 20), "processes outlived the study"
+        study.wait(timeout=60)
+        assert wait_for(lambda: not marked(mark), 60), "processes outlived the study"
         assert not (tmp_path / "a" / "run.json").exists()
     finally:
         study.kill()

@@ -93,14 +93,21 @@ def test_every_phase_is_timed_and_clocks_keep_to_their_own_names(tmp_path: Path)
         assert f"train/{name}" in logged
 
 
-class Slow(Callback):
+class UntilDumped(Callback):
+    """Goes on when its own stack has been written."""
+
+    def __init__(self, stacks: Path) -> None:
+        self.stacks = stacks
+
     def on_advantages(self, trainer: Any, pl_module: Any, window: Window) -> None:
-        time.sleep(0.6)
+        deadline = time.monotonic() + 60
+        while not (self.stacks.is_file() and "on_advantages" in self.stacks.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def test_heartbeat_names_the_phase_and_dumps_the_stacks_of_one_that_is_stuck(tmp_path: Path) -> None:
     heartbeat = Heartbeat(every_s=0.05, limit_s=60, limits={"hooks": 0.2})
-    fit(tmp_path, heartbeat, Slow(), steps=1)
+    fit(tmp_path, heartbeat, UntilDumped(tmp_path / "stacks-0.txt"), steps=1)
     beat = json.loads((tmp_path / "heartbeat-0.json").read_text())
     assert set(beat) == {"time", "step", "phase", "seconds_in_phase", "late"}
     assert heartbeat.dumps == 1
