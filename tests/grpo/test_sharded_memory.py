@@ -63,8 +63,8 @@ class Peaks(Callback):
         self.note("update")
         tensors = [*pl_module.parameters(), *(p.grad for p in pl_module.parameters())]
         tensors += [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-        local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if t is not None]
-        held = sum(t.untyped_storage().nbytes() for t in local)
+        storages = [(t.to_local() if isinstance(t, DTensor) else t).untyped_storage() for t in tensors if t is not None]
+        held = sum({s.data_ptr(): s.nbytes() for s in storages}.values())  # a layer's gradients are views of one buffer
         above = resident("VmRSS") - held  # libraries, buffers of collectives
         found = {"held": held, "longest": self.longest} | {when: peak - above for when, peak in self.peaks.items()}
         (self.folder / f"peaks-{trainer.global_rank}.json").write_text(json.dumps(found))
