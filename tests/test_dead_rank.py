@@ -108,6 +108,7 @@ def launched(launcher: str, arguments: Sequence[str]) -> list[str]:
         ("lightning", 0, "hang"),
         ("torchrun", 1, "raise"),
         ("torchrun", 1, "hang"),
+        ("torchrun", 0, "hang"),
     ],
 )
 def test_a_rank_that_dies_or_hangs_ends_the_job_within_the_timeout(launcher: str, rank: int, how: str, tmp_path: Path) -> None:
