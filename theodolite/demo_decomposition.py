@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -21,6 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
+from theodolite.functional.statistics import Spread, spread
 from theodolite.provenance import write_bytes_atomic, write_json_atomic, write_text_atomic
 from theodolite.study import RUN_RECORD, Job
 from theodolite.study_progress import run_with_progress
@@ -32,6 +34,13 @@ EXPLANATIONS = {
     "averaged": "what ranks with their own rows compute when they average gradients",
     "separate": "every rank's rows attacked by a source of their own",
 }
+
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+FIGURES = (
+    "figure { margin: 1.6rem 0; } figure div { overflow-x: auto; } figure.wide img { min-width: 44rem; } "
+    "figure.narrow img { max-width: 46rem; }"
+)
+"""Pairs of panels scroll sideways on narrow screens, where their letters could not be read."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,7 +68,7 @@ def run_demo(options: argparse.Namespace, console: Console) -> list[str]:
         return failures
     build_page([job.run_dir for job in jobs], options.out / "report")
     for line in summary_lines([job.run_dir for job in jobs]):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(f"report: {options.out / 'report' / 'index.html'}", highlight=False)
     return []
 
@@ -115,11 +124,37 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
     return found
 
 
+def attack_spreads(runs: Sequence[Path]) -> dict[str, dict[int, Spread]]:
+    """Loss over the runs, by attack and number of steps."""
+    each = [curves(attack_rows(run)) for run in runs]
+    return {attack: {n: spread([found[attack][n] for found in each]) for n in curve} for attack, curve in each[0].items()}
+
+
+def power_of_ten(found: Mapping[str, Mapping[int, Spread]]) -> int:
+    """Of the largest mean loss: all are shown in its unit."""
+    return math.floor(math.log10(max(item.mean or 0.0 for curve in found.values() for item in curve.values())))
+
+
+def in_unit(item: Spread, power: int) -> str:
+    """``3.22 ± 0.41`` in units of ``10 ** power``; of one seed only its value."""
+    values = [value / 10.0**power for value in (item.mean, item.sd) if value is not None]
+    return " ± ".join(f"{value:.2f}" for value in values)
+
+
+def unit_text(runs: Sequence[Path], power: int) -> str:
+    """What a table of :func:`in_unit` holds."""
+    over = f"mean ± sample standard deviation over n={len(runs)} seeds" if len(runs) > 1 else "one seed, so no spread"
+    return f"Reconstruction loss in units of 10{str(power).translate(SUPERSCRIPT)}, {over}"
+
+
 def summary_lines(runs: Sequence[Path]) -> list[str]:
     """What is printed at the end."""
     lines = [f"{run.name}: " + ", ".join(f"{name} {value:.4g}" for name, value in recovery_row(run).items()) for run in runs]
-    for label, curve in curves(attack_rows(runs[0])).items():
-        lines.append(f"{label:<16}" + "".join(f"{f'n={n}: {loss:.4g}':>16}" for n, loss in curve.items()))
+    found = attack_spreads(runs)
+    power = power_of_ten(found)
+    lines.append(f"{unit_text(runs, power)}, after n steps of the attack:")
+    for label, curve in found.items():
+        lines.append(f"{label:<14}" + "".join(f"  n={n}: {in_unit(item, power):<12}" for n, item in curve.items()).rstrip())
     return lines
 
 
@@ -131,19 +166,27 @@ def build_page(runs: Sequence[Path], folder: Path) -> None:
 
     first = runs[0]
     figures = sorted((first / "figures").iterdir())[-1]
-    png = draw_attacks(curves(attack_rows(first)))
+    found = attack_spreads(runs)
+    png = draw_attacks({attack: {n: item.mean or 0.0 for n, item in curve.items()} for attack, curve in found.items()})
     write_bytes_atomic(folder / "attacks.png", png)
     pictures = {name: data_uri((figures / name).read_bytes(), "image/png") for name in ("permuted_ci.png", "uv.png", "ci_histogram.png")}
     body = section("recovered", "What was recovered", _recovery_table(runs))
-    body += _figure(pictures["permuted_ci.png"], "Causal importance of each component when one feature is active (0.75), columns permuted")
-    body += _figure(pictures["uv.png"], "Reading and writing vectors of the components, in the same order")
-    body += _figure(pictures["ci_histogram.png"], "Causal importances over the test rows")
-    body += section("attack", "One adversary, three numbers", _attack_text() + _attack_table(attack_rows(first)))
-    body += _figure(data_uri(png, "image/png"), "Reconstruction loss against the number of steps, by attack batch")
+    body += _figure(
+        pictures["permuted_ci.png"],
+        f"{first.name}: causal importance of each component when one feature is active (0.75), columns permuted",
+    )
+    body += _figure(pictures["uv.png"], f"{first.name}: reading and writing vectors of the components, in the same order")
+    body += _figure(pictures["ci_histogram.png"], f"{first.name}: causal importances over the test rows")
+    body += section("attack", "One adversary, three numbers", _attack_text(runs) + _attack_table(runs))
+    body += _figure(
+        data_uri(png, "image/png"),
+        f"Reconstruction loss against the number of steps, by attack batch; mean over n={len(runs)} seeds",
+        "narrow",
+    )
     title = "A decomposition of a toy model of superposition"
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head = f'<!doctype html>\n<html lang="en"><head>{meta}\n<title>{title}</title>'
-    page = f"{head}\n<style>{CSS}</style></head><body><main>\n<h1>{title}</h1>\n{_lead()}\n{body}</main></body></html>\n"
+    page = f"{head}\n<style>{CSS}{FIGURES}</style></head><body><main>\n<h1>{title}</h1>\n{_lead()}\n{body}</main></body></html>\n"
     write_text_atomic(folder / "index.html", page)
     numbers = {"recovery": {run.name: recovery_row(run) for run in runs}, "attacks": {run.name: attack_rows(run) for run in runs}}
     write_json_atomic(folder / "summary.json", numbers)
@@ -156,16 +199,20 @@ def _lead() -> str:
     )
 
 
-def _attack_text() -> str:
+def _attack_text(runs: Sequence[Path]) -> str:
+    counts = {row["attack"]: row["attacks"] for row in attack_rows(runs[0])}
+    attacks = ", ".join(f"{label} {n}" for label, n in counts.items())
     return (
         "<p>A shared adversarial mask must hurt every row of its attack batch, so its loss depends on that batch: the same rows in shards "
         "of 8, each with a mask of its own, give a larger number. Simulating 8 ranks that average their gradients gives exactly the joint "
-        "attack. Standard errors are over attack batches.</p>"
+        f'attack.</p><p class="small">{escape(unit_text(runs, power_of_ten(attack_spreads(runs))))}. Attack batches per seed: '
+        f"{escape(attacks)}; each seed's standard error over them is in summary.json.</p>"
     )
 
 
-def _figure(source: str, caption: str) -> str:
-    return f'<figure><img src="{source}" alt="{escape(caption)}"><figcaption>{escape(caption)}.</figcaption></figure>\n'
+def _figure(source: str, caption: str, kind: str = "wide") -> str:
+    image = f'<img src="{source}" alt="{escape(caption)}">'
+    return f'<figure class="{kind}"><div tabindex="0">{image}</div><figcaption>{escape(caption)}.</figcaption></figure>\n'
 
 
 def _recovery_table(runs: Sequence[Path]) -> str:
@@ -173,20 +220,29 @@ def _recovery_table(runs: Sequence[Path]) -> str:
 
     rows = {run.name: recovery_row(run) for run in runs}
     head = ["run", *next(iter(rows.values()))]
-    return table(head, [_row(name, [f"{value:.4g}" for value in row.values()]) for name, row in rows.items()])
+    body = [_row(name, [f"{value:.4g}" for value in row.values()]) for name, row in rows.items()]
+    overall = [spread([row[name] for row in rows.values()]) for name in head[1:]]
+    if len(runs) > 1:
+        body.append(_row(f"mean ± sd, n={len(runs)}", [_mean_and_sd(item) for item in overall]))
+    return table(head, body)
 
 
-def _attack_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _mean_and_sd(item: Spread) -> str:
+    """Four digits of the mean, and the deviation to the same decimal."""
+    mean, sd = item.mean or 0.0, item.sd or 0.0
+    decimals = max(0, 3 - math.floor(math.log10(abs(mean)))) if mean else 0
+    return f"{mean:.{decimals}f} ± {sd:.{decimals if mean else 4}f}"
+
+
+def _attack_table(runs: Sequence[Path]) -> str:
     from theodolite.reports.html_parts import table
 
-    steps = sorted({row["n_steps"] for row in rows})
-    cells: dict[str, list[str]] = {}
-    for row in rows:
-        error = row.get("standard_error")
-        cells.setdefault(row["attack"], []).append(f"{row['loss']:.4g}" + (f" ± {error:.1g}" if error is not None else ""))
-    labels = {label: f"{label}: {EXPLANATIONS.get(label.split('_')[0], '')}" for label in cells}
+    found = attack_spreads(runs)
+    power, steps = power_of_ten(found), next(iter(found.values()))
+    labels = {label: f"{label}: {EXPLANATIONS.get(label.split('_')[0], '')}" for label in found}
     return table(
-        ["attack", *(f"{n} step{'s' * (n != 1)}" for n in steps)], [_row(labels[label], values) for label, values in cells.items()]
+        ["attack", *(f"{n} step{'s' * (n != 1)}" for n in steps)],
+        [_row(labels[label], [in_unit(item, power) for item in curve.values()]) for label, curve in found.items()],
     )
 
 

@@ -96,7 +96,7 @@ def draw_attacks(curves: Mapping[str, Mapping[int, float]]) -> bytes:
             dashed = label.startswith("averaged")
             style = {"marker": "x" if dashed else "o", "linestyle": "--" if dashed else "-", "zorder": 3 if dashed else 2}
             axes.plot(list(curve), list(curve.values()), color=colours[index % len(colours)], label=label, **style)
-        axes.set(xlabel="steps of the attack", ylabel="reconstruction loss", title="One model, attacked over different batches")
+        axes.set(xlabel="steps of the attack", ylabel="reconstruction loss", title="Attacks over different batches")
         axes.set_xscale("symlog", linthresh=1)
         steps = sorted({step for curve in curves.values() for step in curve})
         axes.set_xticks(steps, [str(step) for step in steps])
