@@ -126,7 +126,7 @@ def comparison_page(runs: Sequence[CoderRun], summary: dict[str, Any]) -> str:
     styles = styles_of(runs)
     body = "".join(
         (
-            f'<h1>{TITLE}</h1>\n<p class="sub">{len(runs)} runs of {len(styles)} arms on {escape(_models(runs))}</p>\n',
+            f'<h1>{TITLE}</h1>\n<p class="sub">{len(runs)} runs of {len(styles)} arms. Language model: {inline(_models(runs))}</p>\n',
             section("differences", "What differs", _differences(summary)),
             section("figure", "Figures", _figures(runs, styles)),
             section("prefixes", "FVU by prefix", _prefix_table(runs, styles)),
@@ -142,7 +142,7 @@ def comparison_page(runs: Sequence[CoderRun], summary: dict[str, Any]) -> str:
 
 
 def _models(runs: Sequence[CoderRun]) -> str:
-    return ", ".join(dict.fromkeys(run.model.rstrip("/").rpartition("/")[2] for run in runs))
+    return ", ".join(f"`{name}`" for name in dict.fromkeys(run.model.rstrip("/").rpartition("/")[2] for run in runs))
 
 
 def _differences(summary: dict[str, Any]) -> str:
@@ -153,17 +153,28 @@ def _differences(summary: dict[str, Any]) -> str:
 
 
 def _sentence(item: dict[str, Any], name: str) -> str:
-    start = f"`{item['arm']}` against `{item['against']}`, {name}: {item['mean']:+.4f}"
+    start = f"`{item['arm']}` against `{item['against']}`, {name}: {_signed(item['mean'])}"
     if item["low"] is None:
         return f"{start} (one pair, no interval)."
     verdict = "unresolved" if item["low"] <= 0 <= item["high"] else "higher" if item["mean"] > 0 else "lower"
-    return f"{start} [{item['low']:+.4f}, {item['high']:+.4f}], n={item['n']} pairs: {verdict}."
+    return f"{start} [{_signed(item['low'])}, {_signed(item['high'])}], n={item['n']} pairs: {verdict}."
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _figures(runs: Sequence[CoderRun], styles: dict[str, ArmStyle]) -> str:
     legend = "".join(f"<li>{swatch(arm, style)}{escape(arm)}</li>" for arm, style in styles.items())
     pictures = "\n".join(_picture(runs, name) for name in _panels(runs))
-    return f'<ul class="legend">{legend}</ul>\n<figure><div class="panels">\n{pictures}\n</div></figure>'
+    return f'<ul class="legend">{legend}</ul>\n<figure><div class="panels">\n{pictures}\n</div>{_caption(runs)}</figure>'
+
+
+def _caption(runs: Sequence[CoderRun]) -> str:
+    seeds = {arm: sum(run.arm == arm for run in runs) for arm in arms_of(runs)}
+    counts = ", ".join(f"{arm} {n}" for arm, n in seeds.items())
+    text = f"Held-out: lines are means over runs, a point is a run ({counts}). Training: a line is a run. FVU axes are logarithmic."
+    return f"<figcaption>{escape(text)}</figcaption>"
 
 
 def _picture(runs: Sequence[CoderRun], name: str) -> str:
@@ -183,7 +194,8 @@ def _svg(runs: Sequence[CoderRun], draw: Callable[[Axes, Sequence[CoderRun], The
 
 def _prefix_table(runs: Sequence[CoderRun], styles: dict[str, ArmStyle]) -> str:
     ends = sorted({end for run in runs for end in run.prefixes})
-    return table(["Arm", *(f"{end} latents" for end in ends)], _rows(runs, styles, [f"fvu_{end}" for end in ends]))
+    note = '<p class="small">Held-out FVU of the first so many latents, mean ± sample standard deviation over runs.</p>'
+    return note + table(["Arm", *(f"{end} latents" for end in ends)], _rows(runs, styles, [f"fvu_{end}" for end in ends]))
 
 
 def _numbers(runs: Sequence[CoderRun], styles: dict[str, ArmStyle]) -> str:
