@@ -91,7 +91,7 @@ def report(jobs: Sequence[Job], out: Path, console: Console) -> None:
         return
     summary = build_comparison([job.run_dir for job in done], out / "report")
     for item in summary["comparisons"]:
-        interval = "" if item["low"] is None else f" [{item['low']:+.4f}, {item['high']:+.4f}]"
+        interval = "" if item["low"] is None else f" [{item['low']:+.4f}, {item['high']:+.4f}], n={item['n']} seeds"
         if item["mean"] is not None:
             console.print(f"{item['arm']} - {item['against']}, {item['measure']}: {item['mean']:+.4f}{interval}", highlight=False)
     console.print(f"report: {out / 'report' / 'index.html'}", highlight=False)

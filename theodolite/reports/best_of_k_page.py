@@ -162,11 +162,11 @@ def _card(texts: pd.DataFrame, column: str) -> str:
 
 
 def _number(value: float | None, sign: bool = False) -> str:
-    return NOT_MEASURED if value is None else f"{value:+.4f}" if sign else f"{value:.4f}"
+    return NOT_MEASURED if value is None else (f"{value:+.4f}" if sign else f"{value:.4f}").replace("-", "\N{MINUS SIGN}")
 
 
 def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
+    return "" if low is None or high is None else f"[{low:.3f}, {high:.3f}]".replace("-", "\N{MINUS SIGN}")
 
 
 def main(args: Sequence[str] | None = None) -> None:
