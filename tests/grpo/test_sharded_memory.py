@@ -25,7 +25,8 @@ from theodolite.sharded_memory import decoder_layers
 
 SIZES: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
 POLICY: dict[str, Any] = POLICIES["qwen3"] | SIZES | {"num_hidden_layers": 6, "initializer_range": 0.02}
-GROUP, MICRO, VOCABULARY = 8, 8, 280
+GROUP, MICRO, VOCABULARY = 16, 8, 280
+"""Of several microbatches: the second begins with the gradient of the first in place."""
 HELD = ("weights", "gradients", "optimizer")
 
 
