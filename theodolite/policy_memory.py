@@ -202,8 +202,9 @@ def _fused_attention(model: nn.Module, keep: Callable[[Tensor], Tensor]) -> Iter
 
 def describe(parts: Mapping[str, int]) -> str:
     """The estimate as text, with :func:`at_most`."""
-    lines = [f"{name:<28} {value / GIB:8.2f} GiB" for name, value in parts.items()]
-    return "\n".join([*lines, f"{'at most, on one rank':<28} {at_most(parts) / GIB:8.2f} GiB"])
+    rows = [*parts.items(), ("at most, on one rank", at_most(parts))]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}} {value / GIB:8.2f} GiB" for name, value in rows)
 
 
 def at_most(parts: Mapping[str, int]) -> int:
