@@ -18,7 +18,7 @@ from theodolite.config_layers import Layer, texts
 from theodolite.lazy_names import class_index, lazy_names
 
 ROOT = Path(__file__).resolve().parents[1]
-LAZY = ("callbacks", "lightning_modules")
+LAZY = ("callbacks", "lightning_modules", "datamodules/leetcode")
 
 
 def made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -61,7 +61,7 @@ def test_a_name_is_imported_when_it_is_asked_for_and_then_kept(tmp_path: Path, m
 
 @pytest.mark.parametrize("room", LAZY)
 def test_what_a_room_declares_for_type_checkers_is_what_it_offers(room: str) -> None:
-    package = importlib.import_module(f"theodolite.{room}")
+    package = importlib.import_module(f"theodolite.{room.replace('/', '.')}")
     tree = ast.parse((ROOT / room / "__init__.py").read_text())
     declared = [
         node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module not in ("typing", "theodolite.lazy_names")
@@ -77,7 +77,7 @@ def test_what_a_room_declares_for_type_checkers_is_what_it_offers(room: str) -> 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_the_index_of_a_room_is_true(room: str) -> None:
-    index = class_index(importlib.import_module(f"theodolite.{room}"))
+    index = class_index(importlib.import_module(f"theodolite.{room.replace('/', '.')}"))
     assert len(index) > 10
     for name in sorted(index)[::9]:
         assert all(getattr(importlib.import_module(module), name).__module__ == module for module in index[name])
@@ -114,3 +114,9 @@ def test_a_run_imports_what_its_configuration_names_and_a_mistake_is_still_told_
     named, said = json.loads(done.stdout.splitlines()[-1])
     assert named == [True] * len(wanted) + [False] * len(unwanted)
     assert "the closest is BestOfKCallback (theodolite.callbacks.best_of_k.BestOfKCallback)" in said
+
+
+def test_grading_imports_no_trainer() -> None:
+    source = "import sys, theodolite.datamodules.leetcode.grade as grade; print({'lightning', 'transformers', 'pandas'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "set()\n"
