@@ -144,7 +144,7 @@ class ComponentModel(nn.Module):
         unknown = sorted(set(masks or {}) - set(self.sites))
         if unknown:
             raise ValueError(f"There is no decomposed module {unknown[0]!r}{closest(unknown[0], self.sites)}.")
-        run = Replacement(dict(masks or {}), frozenset(keep), {}, {}, {}, frozen, {} if known is None else known)
+        run = Replacement(dict(masks or {}), frozenset(keep), {}, {}, {}, frozen, Known() if known is None else known)
         with self._running(run):
             raw = self.target(batch)
         return Forward(output_tensor(raw, self.output_attr), run.inputs, run.outputs, run.acts)

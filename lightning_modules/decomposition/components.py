@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from theodolite.functional.attacked_product import attacked_output, can_attack, constant_product
+from theodolite.functional.attacked_product import AttackedSite, attacked_output, can_attack, constant_product
 from theodolite.functional.component_masks import ComponentMask, SourceMask, rows_at, scaled_acts
 from theodolite.seeds import derive_seed
 
@@ -85,8 +85,23 @@ class TiedComponents(Components):
         """Nothing of its own to draw."""
 
 
-Known: TypeAlias = dict[str, tuple[Tensor, Tensor | None]]
-"""Component activations, and the target's own output where a delta needs it, of modules whose input no source of an attack reaches."""
+Acts: TypeAlias = tuple[Tensor, Tensor | None]
+"""Component activations, and the module's own output where a delta needs it."""
+
+
+@dataclass(slots=True)
+class Known:
+    """What all steps of an attack on one batch share.
+
+    Attributes:
+        steps: There will be enough of them that packing weights pays.
+        acts: Of modules whose input no source reaches. By replaced modules, because they decide which inputs those are, then by module.
+        sites: Constants by module.
+    """
+
+    steps: bool = False
+    acts: dict[tuple[str, ...], dict[str, Acts]] = field(default_factory=dict)
+    sites: dict[str, AttackedSite] = field(default_factory=dict)
 
 
 @dataclass
@@ -134,6 +149,8 @@ class Site:
 
     def _replaced(self, inputs: Tensor, mask: ComponentMask, run: Replacement) -> Tensor:
         if mask.routing is None:
+            if isinstance(mask, SourceMask) and self._can_attack(inputs, mask, run):
+                return self._attacked(inputs, mask, run)
             return self._written(*self._everywhere(inputs, mask, run), mask, run)
         target = self.original(inputs)
         # components are computed at routed positions alone
@@ -146,15 +163,31 @@ class Site:
         wide = torch.promote_types(target.dtype, rows.dtype)
         return target.to(wide).flatten(0, -2).index_copy(0, places, rows.to(wide)).view(target.shape)
 
-    def _everywhere(self, inputs: Tensor, mask: ComponentMask, run: Replacement) -> tuple[Tensor, Tensor | None]:
-        """Component activations, and the target's own output if the mask's delta needs it."""
-        known = run.known.get(self.name)
-        if known is not None:
-            return known
+    def _can_attack(self, inputs: Tensor, mask: SourceMask, run: Replacement) -> bool:
+        if not run.frozen or "acts" in run.keep:
+            return False
+        read, write = self.components.V, self.components.U
+        entering = [] if self.components.embedding else [inputs]
+        return can_attack(mask, read, write, getattr(self.module, "weight", read), *entering)
+
+    def _attacked(self, inputs: Tensor, mask: SourceMask, run: Replacement) -> Tensor:
+        assert mask.whole is not None
+        site = run.known.sites.get(self.name)
+        if site is None:
+            read, write, weight = self.components.V, self.components.U, target_weight(self.module)
+            site = AttackedSite(mask, read, write, weight.to(read), getattr(self.module, "bias", None), run.known.steps)
+            run.known.sites[self.name] = site
+        known = None if inputs.requires_grad else self._everywhere(inputs, mask, run)
+        return attacked_output(inputs, mask.whole, site, self.original, known)
+
+    def _everywhere(self, inputs: Tensor, mask: ComponentMask, run: Replacement) -> Acts:
+        known = run.known.acts.setdefault(tuple(run.masks), {})
+        if self.name in known:
+            return known[self.name]
         acts, target = self._acts(inputs, run), None if mask.delta is None else self.original(inputs)
         # where sources alone have gradients, an input without one is the clean input in every step
         if run.frozen and torch.is_grad_enabled() and not inputs.requires_grad:
-            run.known[self.name] = acts, target
+            known[self.name] = acts, target
         return acts, target
 
     def _acts(self, inputs: Tensor, run: Replacement) -> Tensor:
@@ -171,8 +204,6 @@ class Site:
         """What the components write, and of the target's own output what the delta's mask lets through."""
         write = self.components.U.detach() if run.frozen else self.components.U
         bias = getattr(self.module, "bias", None)
-        if run.frozen and isinstance(mask, SourceMask) and can_attack(acts, mask, write):
-            return attacked_output(acts, target, bias, mask, write)
         if mask.delta is not None:
             assert target is not None
             return self._with_delta(acts, write, target, bias, mask)

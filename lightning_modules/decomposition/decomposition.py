@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from theodolite.functional.causal_importance import jittered_logits, sigmoid_pair
 from theodolite.functional.component_masks import ComponentMask, mask_from_source
-from theodolite.functional.decomposition_losses import ReconKind, recon_count, recon_sum
-from theodolite.functional.kl_divergence import log_probabilities
+from theodolite.functional.decomposition_losses import KL_CHUNK_NUMBERS, ReconKind, recon_count, recon_sum
+from theodolite.functional.kl_divergence import KLReference, kl_sum
 
 from .ci_functions import ImportanceFunction
 from .component_model import ComponentModel
@@ -33,7 +33,7 @@ class Prepared:
         inputs: Their inputs.
         index: Which microbatch of its step or evaluation batch it is.
         known: What all steps of an attack on it share.
-        log_target: Log-probabilities of the target's output, where every step of an attack takes a KL divergence from them.
+        reference: The target's output, where every step of an attack takes a KL divergence from it.
     """
 
     batch: Tensor
@@ -44,8 +44,8 @@ class Prepared:
     outputs: dict[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     index: int = 0
-    known: Known = field(default_factory=dict)
-    log_target: Tensor | None = None
+    known: Known = field(default_factory=Known)
+    reference: KLReference | None = None
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -60,7 +60,7 @@ class Prepared:
     def detached(self) -> Prepared:
         """The same without graph."""
         lower, upper, logits = ({n: t.detach() for n, t in part.items()} for part in (self.lower, self.upper, self.logits))
-        return Prepared(self.batch, self.target, lower, upper, logits, self.outputs, self.inputs, self.index, log_target=self.log_target)
+        return Prepared(self.batch, self.target, lower, upper, logits, self.outputs, self.inputs, self.index)
 
 
 class Decomposition(nn.Module):
@@ -135,9 +135,9 @@ class Decomposition(nn.Module):
     def recon_sum(self, prepared: Prepared, masks: Mapping[str, ComponentMask], frozen: bool = False) -> Tensor:
         """Summed reconstruction loss of the output under ``masks``; ``frozen`` leaves the components out of the graph."""
         output = self.model(prepared.batch, masks, frozen=frozen, known=prepared.known if frozen else None).output
-        normalised = prepared.log_target is not None
-        reference = prepared.target if prepared.log_target is None else prepared.log_target
-        return recon_sum(output, reference, self.output_loss, normalised=normalised)
+        if frozen and prepared.reference is not None:
+            return kl_sum(output.flatten(0, -2), prepared.reference, KL_CHUNK_NUMBERS)
+        return recon_sum(output, prepared.target, self.output_loss)
 
     def recon_count(self, prepared: Prepared) -> int:
         """What :meth:`recon_sum` is divided by."""
@@ -158,8 +158,9 @@ class Decomposition(nn.Module):
         """Target output and causal importances, without graph and without jitter."""
         with torch.no_grad():
             prepared = self.look(input_tensor(batch))
+            prepared.known.steps = True
             if self.output_loss == "kl":
-                prepared.log_target = log_probabilities(prepared.target)
+                prepared.reference = KLReference(prepared.target)
         return prepared
 
     def loss_sum(self, prepared: Prepared, sources: Mapping[str, Tensor]) -> tuple[Tensor, int]:

@@ -85,7 +85,8 @@ def test_what_no_source_reaches_is_computed_once_and_changes_nothing() -> None:
 
     once = parts.prepare(tokens())
     attacked(once, 0.2)
-    assert set(once.known) == {"wte"}, "everything behind the embedding depends on its sources"
+    (unreached,) = once.known.acts.values()
+    assert set(unreached) == {"wte"}, "everything behind the embedding depends on its sources"
     (value, gradients), (expected, references) = attacked(once, 0.7), attacked(parts.prepare(tokens()), 0.7)
     assert value == expected
     assert all(torch.equal(gradient, references[name]) for name, gradient in gradients.items())

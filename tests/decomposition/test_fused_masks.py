@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from theodolite.functional.component_masks import ComponentMask, mask_from_source, rows_at, scaled_acts
-from theodolite.functional.kl_divergence import kl_sum, log_probabilities
+from theodolite.functional.kl_divergence import KLReference, kl_sum
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -71,8 +71,17 @@ def test_kl_and_its_gradient_in_any_chunks(chunk: int) -> None:
     (ours,), (theirs,) = (torch.autograd.grad(3 * value, logits) for value in (found, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
     assert float(kl_sum(reference.clone(), reference, chunk)) == 0.0
-    known = log_probabilities(reference)
-    torch.testing.assert_close(kl_sum(logits, known, chunk, normalised=True), found, rtol=1e-13, atol=1e-14)
+    known = kl_sum(logits, KLReference(reference), chunk)
+    torch.testing.assert_close(known, found, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(torch.autograd.grad(known, logits)[0] * 3, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_a_divergence_whose_gradient_was_written_over_is_not_differentiated() -> None:
+    logits, reference = drawn(5, 7), KLReference(drawn(5, 7, seed=1).detach())
+    first, second = kl_sum(logits, reference, 14), kl_sum(logits, reference, 14)
+    torch.autograd.grad(second, logits)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(first, logits)
 
 
 def test_kl_of_half_precision_is_summed_in_single() -> None:

@@ -1,11 +1,13 @@
 """The hot products of an attack, in which only sources and activations are differentiated, written out for speed.
 
-Weights are constants here. A product's rows begin at cache lines: with 650 columns of float32 a matrix product is a quarter faster than
-where they begin anywhere, with 4019 columns by more than a third (one thread of an AMD EPYC).
+Weights are constants here, so each is laid out once for all steps of an attack: packed for oneDNN where that multiplies it (float32 on a
+processor), a sixth faster than a weight as it lies (one thread of an AMD EPYC; ``make bench-pgd`` measures the whole).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,33 +16,27 @@ from torch.autograd.function import once_differentiable
 
 from theodolite.functional.component_masks import SourceMask
 
-CACHE_LINE = 64
-"""Bytes."""
+
+def _onednn(tensor: Tensor) -> bool:
+    """Whether oneDNN multiplies it better than the BLAS: by a tenth, and wherever rows begin (one thread of an AMD EPYC)."""
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and torch.backends.mkldnn.is_available()
 
 
-def aligned_empty(rows: int, columns: int, like: Tensor) -> Tensor:
-    """(rows, columns) without values, of the dtype and on the device of ``like``, whose rows lie a whole number of cache lines apart."""
-    numbers = CACHE_LINE // like.element_size()
-    return like.new_empty(rows, -(-columns // numbers) * numbers)[:, :columns]
-
-
-def _product(inputs: Tensor, weight: Tensor) -> Tensor:
-    flat = inputs.flatten(0, -2)
-    result = aligned_empty(flat.shape[0], weight.shape[1], flat)
-    return torch.mm(flat, weight, out=result).unflatten(0, inputs.shape[:-1])
+def _product(flat: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(flat, weight.T, None, "none", [], "") if _onednn(weight) else flat @ weight
 
 
 class _ConstantProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return _product(inputs, weight)
+        return _product(inputs.flatten(0, -2), weight).unflatten(0, inputs.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (weight,) = ctx.saved_tensors
-        return _product(upstream, weight.T), None
+        return _product(upstream.flatten(0, -2), weight.T).unflatten(0, upstream.shape[:-1]), None
 
 
 def constant_product(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -57,85 +53,188 @@ def _plain(*tensors: Tensor) -> bool:
     return len({tensor.dtype for tensor in tensors}) == 1 and not torch.is_autocast_enabled(tensors[0].device.type)
 
 
-def can_attack(acts: Tensor, mask: SourceMask, write: Tensor) -> bool:
-    """Whether :func:`attacked_output` computes this replacement: sources alone are differentiated, everywhere, in one precision."""
-    whole, importance = mask.whole, mask.importance
-    if whole is None or mask.routing is not None or importance.requires_grad or whole.ndim != acts.ndim or acts.ndim < 2:
-        return False
-    return _plain(acts, importance, whole, write)
-
-
-def attacked_output(acts: Tensor, target: Tensor | None, bias: Tensor | None, mask: SourceMask, write: Tensor) -> Tensor:
-    """``d (x W) + (a * (g + (1 - g) r - d)) U + bias``: what a module gives under a source, differentiable in a, x W and the source alone.
+class ConstantWeight:
+    """A matrix (d_in, d_out) that many inputs are multiplied with.
 
     Args:
-        acts: (..., C) component activations a.
-        target: (..., d_out) the module's own output ``x W + bias``; None if the source has no delta component (d = 0).
-        bias: (d_out,) of the module, or None.
-        mask: With its ``whole`` source; see :func:`can_attack`.
-        write: (C, d_out) the components' U.
+        weight: The matrix.
+        rows: Number of rows of the inputs, where there will be enough inputs that packing pays (about five); None = leave it as it is.
     """
-    assert mask.whole is not None
-    result = _AttackedOutput.apply(acts, target, mask.whole, mask.importance, write.detach(), bias)
+
+    def __init__(self, weight: Tensor, rows: int | None) -> None:
+        # the operator that PyTorch's own compiler freezes weights with
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        self._packed = reorder(weight.T, rows) if rows is not None and _onednn(weight) else None
+        self._weight = weight
+
+    def times(self, flat: Tensor, plus: Tensor | None = None) -> Tensor:
+        """``flat @ weight``, (rows, d_in) to (rows, d_out); with ``plus`` (rows, d_out) added, which may be overwritten."""
+        if self._packed is None:
+            return _product(flat, self._weight) if plus is None else plus.addmm_(flat, self._weight)
+        if plus is None:
+            return torch.ops.mkldnn._linear_pointwise(flat, self._packed, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(flat, plus, self._packed, None, "add")
+
+
+class AttackedSite:
+    """What stays the same at one module during an attack on one batch.
+
+    Args:
+        mask: With the importances g; its source may change.
+        read: V (d_in, C).
+        write: U (C, d_out).
+        weight: W (d_in, d_out) of the target.
+        bias: (d_out,) of the module, or None.
+        pack: There will be enough steps that packing weights pays.
+
+    Attributes:
+        rest: (..., C) what a source decides of, ``1 - g``.
+        delta: The source has a delta component.
+        bias: See above.
+    """
+
+    def __init__(self, mask: SourceMask, read: Tensor, write: Tensor, weight: Tensor, bias: Tensor | None, pack: bool) -> None:
+        self.rest, self.delta, self.bias = 1 - mask.importance, mask.delta is not None, bias
+        self._read, self._write, self._weight = read.detach(), write.detach(), weight.detach()
+        self._rows = self.rest[..., 0].numel() if pack else None
+
+    @cached_property
+    def read(self) -> ConstantWeight:
+        """V."""
+        return ConstantWeight(self._read, self._rows)
+
+    @cached_property
+    def write(self) -> ConstantWeight:
+        """U."""
+        return ConstantWeight(self._write, self._rows)
+
+    @cached_property
+    def write_back(self) -> ConstantWeight:
+        """U transposed."""
+        return ConstantWeight(self._write.T, self._rows)
+
+    @cached_property
+    def read_back(self) -> ConstantWeight:
+        """(C + d_out, d_in): V and W side by side, transposed, so that what returns through both is one product; without delta V alone."""
+        return ConstantWeight((torch.cat([self._read, self._weight], dim=1) if self.delta else self._read).T, self._rows)
+
+
+def can_attack(mask: SourceMask, *tensors: Tensor) -> bool:
+    """Whether :func:`attacked_output` computes this replacement: sources alone are differentiated, everywhere, in one precision.
+
+    Args:
+        mask: Of the module.
+        tensors: Weights and input of the module.
+    """
+    whole, importance = mask.whole, mask.importance
+    if whole is None or mask.routing is not None or importance.requires_grad or whole.ndim != importance.ndim or whole.ndim < 2:
+        return False
+    return _plain(importance, whole, *tensors)
+
+
+def attacked_output(
+    inputs: Tensor, source: Tensor, site: AttackedSite, original: Callable[[Tensor], Tensor], known: tuple[Tensor, Tensor | None] | None
+) -> Tensor:
+    """``d (x W) + ((x V) * (g + (1 - g) r - d)) U + bias``: what a module gives under a source, differentiable in x and the source alone.
+
+    Args:
+        inputs: (..., d_in) x; not looked at where ``known`` is given.
+        source: (..., C + 1), or (..., C) without delta component (d = 0); leading axes may be 1.
+        site: Constants of the attack.
+        original: The module's own forward.
+        known: Component activations ``x V`` (..., C) and the module's own output (..., d_out) where they are no function of sources.
+    """
+    acts, target = (None, None) if known is None else known
+    result = _AttackedOutput.apply(inputs, source, site, original, acts, target)
     assert isinstance(result, Tensor)
     return result
 
 
 class _AttackedOutput(torch.autograd.Function):
-    """Keeps activations and the target's output, but no mask: making it again is cheaper than fetching it from memory."""
-
     @staticmethod
     def forward(
-        ctx: Any, acts: Tensor, target: Tensor | None, source: Tensor, importance: Tensor, write: Tensor, bias: Tensor | None
+        ctx: Any,
+        inputs: Tensor,
+        source: Tensor,
+        site: AttackedSite,
+        original: Callable[[Tensor], Tensor],
+        acts: Tensor | None,
+        target: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(acts, target, source, importance, write, bias)
-        delta = None if target is None else source[..., -1:]
-        masked = _scale(importance, source, with_delta=target is not None).mul_(acts)
-        result = _base(acts, target, delta, bias, write.shape[1]).flatten(0, -2)
-        return result.addmm_(masked.flatten(0, -2), write).unflatten(0, acts.shape[:-1])
+        if acts is None:
+            acts = site.read.times(inputs.flatten(0, -2)).view(site.rest.shape)
+            target = original(inputs) if site.delta else None
+        scale = _scale(site, source)
+        # a mask of a smaller source is made again: that is cheaper than fetching it from memory
+        kept = scale if ctx.needs_input_grad[0] and source.numel() >= scale.numel() else None
+        ctx.site = site
+        ctx.save_for_backward(acts, target, source, kept)
+        masked = (scale.mul_(acts) if kept is None else scale * acts).flatten(0, -2)
+        return site.write.times(masked, _base(target, source, site)).unflatten(0, acts.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        acts, target, source, importance, write, bias = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        read = _product(upstream, write.T)
-        for_acts = _scale(importance, source, with_delta=target is not None).mul_(read) if wanted[0] else None
-        for_source = _source_gradient(target, source, importance, bias, upstream, read.mul_(acts)) if wanted[2] else None
-        return for_acts, (upstream * source[..., -1:] if wanted[1] else None), for_source, None, None, None
+        acts, target, source, scale = ctx.saved_tensors
+        site: AttackedSite = ctx.site
+        read = site.write_back.times(upstream.flatten(0, -2)).view(acts.shape)
+        for_inputs = for_source = None
+        if ctx.needs_input_grad[0]:
+            for_inputs = site.read_back.times(_joined(read, upstream, source, site, scale).flatten(0, -2)).unflatten(0, acts.shape[:-1])
+        if ctx.needs_input_grad[1]:
+            direct = None if target is None else upstream * (target if site.bias is None else target - site.bias)
+            for_source = _source_gradient(read.mul_(acts), direct, site.rest, source.shape)
+        return for_inputs, for_source, None, None, None, None
 
 
-def _like(acts: Tensor) -> Tensor:
-    return aligned_empty(acts[..., 0].numel(), acts.shape[-1], acts).unflatten(0, acts.shape[:-1])
+def _scale(site: AttackedSite, source: Tensor, out: Tensor | None = None) -> Tensor:
+    """``g + (1 - g) r - d``, or without d, (..., C), in ``out`` or memory of its own; 0 exactly where everything is on."""
+    off = 1 - source
+    start, off = (off[..., -1:], off[..., :-1]) if site.delta else (off.new_ones(()), off)
+    if out is None:
+        out = off if off.shape == site.rest.shape else torch.empty_like(site.rest)
+    return torch.addcmul(start, site.rest, off, value=-1, out=out)
 
 
-def _scale(importance: Tensor, source: Tensor, with_delta: bool) -> Tensor:
-    """``g + (1 - g) r - d``, or without d, (..., C)."""
-    result = _like(importance)
-    columns = source[..., : importance.shape[-1]]
-    if source.shape[:-1] == importance.shape[:-1]:
-        torch.lerp(columns, source.new_ones(()), importance, out=result)
-        return result.sub_(source[..., -1:]) if with_delta else result
-    start = columns - source[..., -1:] if with_delta else columns  # what is smaller than the importances costs nothing
-    return torch.addcmul(start, importance, 1 - columns, out=result)
+def _base(target: Tensor | None, source: Tensor, site: AttackedSite) -> Tensor | None:
+    """(rows, d_out) what the components' part is added to, a tensor of its own: exactly the target's output at d = 1."""
+    if target is None:
+        return None if site.bias is None else site.bias.repeat(site.rest[..., 0].numel(), 1)
+    delta = source[..., -1:]
+    base = target * delta if site.bias is None else torch.addcmul(target, target - site.bias, delta - 1)
+    return base.flatten(0, -2)
 
 
-def _base(acts: Tensor, target: Tensor | None, delta: Tensor | None, bias: Tensor | None, width: int) -> Tensor:
-    """What the components' part is added to, a tensor of its own: exactly the target's output at d = 1."""
-    if target is None or delta is None:
-        zero = acts.new_zeros(*acts.shape[:-1], width)
-        return zero if bias is None else zero.add_(bias)
-    return target * delta if bias is None else torch.addcmul(target, target - bias, delta - 1)
+def _joined(read: Tensor, upstream: Tensor, source: Tensor, site: AttackedSite, scale: Tensor | None) -> Tensor:
+    """(..., C + d_out) what returns through V and, beside it, through W; without delta (..., C). ``scale`` is what was kept of the mask."""
+    columns = read.shape[-1]
+    joined = read.new_empty(*read.shape[:-1], columns + (upstream.shape[-1] if site.delta else 0))
+    through_components = joined[..., :columns]
+    if scale is None:
+        _scale(site, source, through_components).mul_(read)
+    else:
+        torch.mul(scale, read, out=through_components)
+    if site.delta:
+        torch.mul(upstream, source[..., -1:], out=joined[..., columns:])
+    return joined
 
 
-def _source_gradient(
-    target: Tensor | None, source: Tensor, importance: Tensor, bias: Tensor | None, upstream: Tensor, product: Tensor
-) -> Tensor:
-    """Gradient as the source is shaped; ``product`` is ``a * (upstream U')``, which is changed."""
-    for_delta = None
-    if target is not None:
-        direct = upstream * (target if bias is None else target - bias)
+def _source_gradient(product: Tensor, direct: Tensor | None, rest: Tensor, shape: Sequence[int]) -> Tensor:
+    """Gradient as the source is shaped.
+
+    Args:
+        product: (..., C) ``a * (upstream U')``, which is changed.
+        direct: (..., d_out) ``upstream * (x W)``; None without delta component.
+        rest: (..., C) ``1 - g``.
+        shape: Of the source.
+    """
+    gradient = product.new_empty(shape)
+    if direct is not None:
         for_delta = direct.sum(-1, keepdim=True).sub_(product.sum(-1, keepdim=True))
-    product.addcmul_(product, importance, value=-1)
-    parts = [product] if for_delta is None else [product, for_delta]
-    return torch.cat([part.sum_to_size(*source.shape[:-1], part.shape[-1]) for part in parts], dim=-1)
+        gradient[..., -1:] = for_delta.sum_to_size(*shape[:-1], 1)
+    columns = gradient[..., : rest.shape[-1]]
+    if columns.shape == product.shape:
+        torch.mul(product, rest, out=columns)
+    else:
+        columns.copy_(product.mul_(rest).sum_to_size(columns.shape))
+    return gradient

@@ -16,7 +16,7 @@ from theodolite.functional.kl_divergence import kl_sum
 
 ReconKind: TypeAlias = Literal["mse", "kl"]
 
-KL_CHUNK_NUMBERS = 1 << 18
+KL_CHUNK_NUMBERS = 1 << 17
 """Logits that one chunk of a KL divergence looks at: a chunk's temporaries stay in a processor's cache, and few launches fill a GPU's."""
 
 
@@ -25,9 +25,7 @@ def recon_count(target: Tensor, kind: ReconKind) -> int:
     return target.numel() // target.shape[-1] if kind == "kl" else target.numel()
 
 
-def recon_sum(
-    prediction: Tensor, target: Tensor, kind: ReconKind, chunk_numbers: int = KL_CHUNK_NUMBERS, normalised: bool = False
-) -> Tensor:
+def recon_sum(prediction: Tensor, target: Tensor, kind: ReconKind, chunk_numbers: int = KL_CHUNK_NUMBERS) -> Tensor:
     r"""Summed reconstruction loss.
 
     ``kl``: :math:`\sum_{\text{positions}} KL(\text{softmax}(t)\,\|\,\text{softmax}(p))`; ``mse``: :math:`\sum (p - t)^2`.
@@ -38,7 +36,6 @@ def recon_sum(
         kind: ``kl`` or ``mse``.
         chunk_numbers: Logits per chunk of a KL divergence. A chunk's log-probabilities are not kept for the backward pass, so that memory
             is one chunk's and not the batch's.
-        normalised: The target of a KL divergence is :func:`~theodolite.functional.kl_divergence.log_probabilities` instead of logits.
 
     Raises:
         ValueError: If shapes differ or the kind is unknown.
@@ -51,7 +48,7 @@ def recon_sum(
     if kind != "kl":
         raise ValueError(f"There is no reconstruction loss {kind!r}; choose mse or kl.")
     vocabulary = target.shape[-1]
-    return kl_sum(prediction.reshape(-1, vocabulary), target.reshape(-1, vocabulary), chunk_numbers, normalised)
+    return kl_sum(prediction.reshape(-1, vocabulary), target.reshape(-1, vocabulary), chunk_numbers)
 
 
 def faithfulness(deltas: Iterable[Tensor]) -> Tensor:

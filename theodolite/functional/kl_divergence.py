@@ -9,7 +9,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def kl_sum(logits: Tensor, reference: Tensor, chunk_numbers: int, normalised: bool = False) -> Tensor:
+class KLReference:
+    """Logits that many divergences are taken from, one after the other, as in the steps of an attack.
+
+    All gradients share one piece of memory: the graph of a divergence must have been used before the next is computed, and using it later
+    is an error of autograd's.
+
+    Args:
+        logits: (..., V).
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.log_probabilities = _log_softmax(logits.flatten(0, -2))
+        self.probabilities = self.log_probabilities.exp()
+        self._gradient: Tensor | None = None
+
+    def gradient(self, logits: Tensor) -> Tensor:
+        """Memory for a gradient of the shape and dtype of ``logits``."""
+        if self._gradient is None or self._gradient.dtype != logits.dtype:
+            self._gradient = torch.empty_like(logits)
+        return self._gradient
+
+
+def kl_sum(logits: Tensor, reference: Tensor | KLReference, chunk_numbers: int) -> Tensor:
     r""":math:`\sum_\text{rows} KL(\mathrm{softmax}(\text{reference})\,\|\,\mathrm{softmax}(\text{logits}))`, differentiable in ``logits``.
 
     Log-probabilities exist for one chunk of rows at a time. The gradient, ``softmax(logits) - softmax(reference)``, shares its exponentials
@@ -19,40 +41,48 @@ def kl_sum(logits: Tensor, reference: Tensor, chunk_numbers: int, normalised: bo
         logits: (N, V).
         reference: (N, V), a constant.
         chunk_numbers: Logits per chunk; at least one row is taken.
-        normalised: The reference holds log-probabilities already, as :func:`log_probabilities` makes them.
 
     Returns:
         A scalar, in float32 or wider.
     """
-    result = _KLSum.apply(logits, reference.detach(), max(1, chunk_numbers // logits.shape[-1]), normalised)
+    constant = reference.detach() if isinstance(reference, Tensor) else reference
+    result = _KLSum.apply(logits, constant, max(1, chunk_numbers // logits.shape[-1]))
     assert isinstance(result, Tensor)
     return result
 
 
-def log_probabilities(logits: Tensor) -> Tensor:
-    """Log-probabilities over the last axis, in float32 or wider: a reference that many divergences are taken from."""
+def _log_softmax(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 class _KLSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, reference: Tensor, rows: int, normalised: bool) -> Tensor:
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+    def forward(ctx: Any, logits: Tensor, reference: Tensor | KLReference, rows: int) -> Tensor:
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = reference.gradient(logits) if isinstance(reference, KLReference) else torch.empty_like(logits)
         sums: list[Tensor] = []
         for start in range(0, logits.shape[0], rows):
-            log_q, log_p = log_probabilities(logits[start : start + rows]), reference[start : start + rows].to(wide)
-            log_p = log_p if normalised else log_probabilities(log_p)
-            p = log_p.exp()
-            sums.append(torch.dot((log_p - log_q).flatten(), p.flatten()))
+            chunk = slice(start, start + rows)
+            log_q, (log_p, p) = _log_softmax(logits[chunk]), _probabilities(reference, chunk, logits.dtype)
+            sums.append(torch.linalg.vecdot(log_p - log_q, p).sum())
             if gradient is not None:
-                torch.sub(log_q.exp_(), p, out=gradient[start : start + rows])
-        ctx.gradient = gradient
-        return torch.stack(sums).sum() if sums else logits.new_zeros((), dtype=wide)
+                torch.sub(log_q.exp_(), p, out=gradient[chunk])
+        ctx.save_for_backward(gradient)
+        return torch.stack(sums).sum() if sums else logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gradient,) = ctx.saved_tensors
         # an attack differentiates the sum itself, and a pass over all logits by a factor of 1 is one too many
         one = upstream.device.type == "cpu" and float(upstream) == 1.0
-        return ctx.gradient if one else ctx.gradient * upstream.to(ctx.gradient.dtype), None, None, None
+        return gradient if one else gradient * upstream.to(gradient.dtype), None, None
+
+
+def _probabilities(reference: Tensor | KLReference, chunk: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and probabilities of some rows, in float32 or wider."""
+    if isinstance(reference, KLReference):
+        return reference.log_probabilities[chunk], reference.probabilities[chunk]
+    log_p = _log_softmax(reference[chunk].to(torch.promote_types(dtype, torch.float32)))
+    return log_p, log_p.exp()

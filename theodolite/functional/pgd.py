@@ -69,13 +69,12 @@ def initial_sources(
         dtype: Of the sources.
         device: Where they end up; random numbers are drawn on the CPU, so that every machine starts alike.
     """
-    total = sum(channels.values())
-    if init == "random":
-        rows = range(shape[0]) if slots is None else slots
-        flat = uniform_rows(rows, (*shape[1:], total), "pgd", *seed, dtype=dtype).to(device)
-    else:
-        flat = torch.full((*shape, total), float(init == "ones"), dtype=dtype, device=device)
-    return dict(zip(channels, flat.split(list(channels.values()), dim=-1), strict=True))
+    if init != "random":
+        return {name: torch.full((*shape, count), float(init == "ones"), dtype=dtype, device=device) for name, count in channels.items()}
+    rows = range(shape[0]) if slots is None else slots
+    flat = uniform_rows(rows, (*shape[1:], sum(channels.values())), "pgd", *seed, dtype=dtype).to(device)
+    # each in memory of its own: every step passes over it several times
+    return {name: part.contiguous() for name, part in zip(channels, flat.split(list(channels.values()), dim=-1), strict=True)}
 
 
 @dataclass(slots=True)
