@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -22,7 +23,6 @@ from fake_server import FakeVLLM, serving
 from sampler_policies import END, LORA, load, policy_folder, train_a_little
 from test_grpo_distributed import assert_same_rows, largest_difference, two_ranks
 from tiny_policies import callback, config, grpo, prompts
-from warm_processes import run
 
 from theodolite.cli import RUN_DIR_VARIABLE, main
 from theodolite.lightning_modules.decoding import Sampling
@@ -121,9 +121,12 @@ def test_a_killed_fit_that_samples_ahead_goes_on_with_the_bytes_of_the_uninterru
     with serving(FakeVLLM(folder)) as url:
         main(written(tmp_path, "whole", folder, url))
         kill = callback("tiny_policies.KillInWindow", step=3)
-        log = tmp_path / "log.txt"
-        code = run(["-m", "theodolite", *written(tmp_path, "killed", folder, url, kill)], log)
-        assert code == -signal.SIGKILL, log.read_text()[-3000:]
+        command = [sys.executable, "-m", "theodolite", *written(tmp_path, "killed", folder, url, kill)]
+        inherited = {key: value for key, value in os.environ.items() if key not in (RUN_DIR_VARIABLE, "PL_GLOBAL_SEED")}
+        path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [inherited.get("PYTHONPATH")])])
+        environment = inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
         last = tmp_path / "run-killed" / "checkpoints" / "step=3.ckpt"
         main([*written(tmp_path, "killed", folder, url), f"--ckpt_path={last}"])
     whole, killed = (load_file(tmp_path / name / "weights-0.safetensors") for name in ("whole", "killed"))
