@@ -38,7 +38,7 @@ from .component_model import ComponentModel
 from .decomposition import Decomposition, Prepared, input_tensor
 from .evaluation import Evaluation, build_measures
 from .ground_truth import one_hot_probe
-from .objectives import Objective, WholeBatchObjective
+from .objectives import ImportanceMinimality, Objective, WholeBatchObjective
 from .persistent_pgd import PersistentPGDEval, PersistentPGDRecon
 from .registry import OBJECTIVES, build_entry
 from .step import StepBatch, microbatches, step_gradients
@@ -205,6 +205,8 @@ class DecompositionModule(L.LightningModule):
         for objective in self.objectives:
             if isinstance(objective, PersistentPGDRecon):
                 objective.plan(self.trainer.max_steps)
+            if isinstance(objective, ImportanceMinimality):
+                objective.charged(self.decomposition.names)
         self.batch_arithmetic = split_batch(size, self.trainer.world_size, micro=self.micro_batch_size)
 
     def on_train_start(self) -> None:

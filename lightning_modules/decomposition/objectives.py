@@ -6,6 +6,7 @@ A configuration is a list of dictionaries: ``{name: stochastic_recon, scope: lay
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from theodolite.config_layers import closest
 from theodolite.functional.component_masks import ComponentMask, stochastic_masks
 from theodolite.functional.decomposition_losses import annealed_power, faithfulness, hidden_acts_sums, importance_sums
 
@@ -94,6 +96,8 @@ class ImportanceMinimality(Objective):
         p_anneal_start_frac: Fraction of training at which the exponent starts to move.
         p_anneal_final_p: Where it goes; None = nowhere.
         p_anneal_end_frac: Fraction of training at which it is there.
+        modules: Names of the modules whose components are charged, a glob. Components that stand for single features bear a higher price
+            than those that many features share.
     """
 
     name: ClassVar[str] = "importance_minimality"
@@ -103,14 +107,23 @@ class ImportanceMinimality(Objective):
     p_anneal_start_frac: float = 1.0
     p_anneal_final_p: float | None = None
     p_anneal_end_frac: float = 1.0
+    modules: str = "*"
+
+    def charged(self, names: Sequence[str]) -> list[str]:
+        """Which of the modules' components are charged. Raises ``ValueError`` if none are."""
+        found = fnmatch.filter(names, self.modules)
+        if not found:
+            raise ValueError(f"{self.label}: modules {self.modules!r} matches no decomposed module{closest(self.modules, names)}.")
+        return found
 
     def power(self, fraction: float) -> float:
         """The exponent at a fraction of training."""
         return annealed_power(fraction, self.pnorm, self.p_anneal_final_p, self.p_anneal_start_frac, self.p_anneal_end_frac)
 
     def component_sums(self, upper: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
-        """Sums over a batch's positions, by module (C,)."""
-        return importance_sums(upper, self.power(fraction), self.eps)
+        """Sums over a batch's positions, by charged module (C,)."""
+        charged = {name: upper[name] for name in self.charged(list(upper))}
+        return importance_sums(charged, self.power(fraction), self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tiny_decomposition import LOSSES, ROWS, tiny, tokens
 
 from theodolite.functional.component_masks import ComponentMask
+from theodolite.functional.decomposition_losses import importance_minimality
 from theodolite.lightning_modules.decomposition.component_model import ComponentModel
 from theodolite.lightning_modules.decomposition.decomposition import Decomposition, Prepared
+from theodolite.lightning_modules.decomposition.objectives import ImportanceMinimality
 from theodolite.lightning_modules.decomposition.registry import OBJECTIVES, build_entry
 from theodolite.lightning_modules.decomposition.step import StepBatch, microbatches, step_gradients
 from theodolite.lightning_modules.decomposition.targets.toy_models import TMS
@@ -122,3 +124,15 @@ def test_a_mask_for_an_unknown_module_is_named() -> None:
     model = ComponentModel(TMS(4, 2), {"linear1": 2})
     with pytest.raises(ValueError, match="no decomposed module 'linear2'; the closest is 'linear1'"):
         model(torch.zeros(1, 4), {"linear2": ComponentMask()})
+
+
+def test_modules_can_be_charged_apart() -> None:
+    upper = {name: torch.rand(6, 5, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(("a.mlp_in", "a.mlp_out"))}
+
+    def penalty(modules: str, pnorm: float) -> float:
+        return float(importance_minimality(ImportanceMinimality(modules=modules, pnorm=pnorm).component_sums(upper, 0.0), 6, 0.5))
+
+    assert penalty("*mlp_in", 2.0) + penalty("*mlp_out", 2.0) == pytest.approx(penalty("*", 2.0), rel=1e-6)
+    assert penalty("*mlp_in", 2.0) != pytest.approx(penalty("*mlp_out", 2.0), rel=1e-3)
+    with pytest.raises(ValueError, match=r"importance_minimality: modules '\*attn' matches no decomposed module"):
+        ImportanceMinimality(modules="*attn").charged(list(upper))

@@ -30,6 +30,7 @@ ATTACK = {"n_steps": 2, "step_size": 0.1, "init": "random"}
 LOSSES: list[dict[str, Any]] = [
     {"name": "faithfulness", "coeff": 2.0},
     {"name": "importance_minimality", "coeff": 0.01, "pnorm": 0.9, "beta": 0.5, "p_anneal_final_p": 0.4, "p_anneal_start_frac": 0.0},
+    {"name": "importance_minimality", "key": "mlp_minimality", "modules": "*mlp*", "coeff": 0.02, "pnorm": 1.2, "beta": 0.2},
     {"name": "unmasked_recon", "coeff": 0.3},
     {"name": "ci_masked_recon", "coeff": 0.5},
     {"name": "ci_masked_recon", "scope": "subset", "coeff": 0.5},
