@@ -301,6 +301,7 @@ class GradientProjectionCallback(Callback):
                 raise ValueError(f"The direction has a vector for {name}, which no optimizer trains: narrow it with `parameters`.")
         vectors = {name: rows.to(parameters[name].device) for name, rows in direction.vectors.items()}
         if trainer.world_size > 1:
+            vectors = {name: vectors[name] for name in sorted(vectors)}  # they are sent one after another: in one order on every rank
             for rows in vectors.values():
                 torch.distributed.broadcast(rows, src=0)
         self.current = ConceptDirection(vectors, direction.space, direction.metadata)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load
 
+from theodolite import direction_files
 from theodolite.functional.directions import ConceptDirection, match_names
 from theodolite.functional.extraction import gradient_difference, haar_random_like
 from theodolite.functional.subspaces import orthonormal_rows
@@ -108,6 +110,16 @@ def test_saved_direction_comes_back_and_nothing_is_pickled(tmp_path: Path) -> No
     assert (loaded.metadata, loaded.space) == (direction.metadata, "parameter")
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["direction.safetensors", "manifest.json"]
     assert json.loads((tmp_path / "d" / "manifest.json").read_text())["shapes"] == {"layers.0.w": [2, 4, 3]}
+
+
+def test_tensors_come_in_the_order_of_their_names_whatever_that_of_the_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    haar_random_like({name: (4, 3) for name in "cab"}, k=1).save(tmp_path / "d")
+    for order in (list, reversed):
+        monkeypatch.setattr(direction_files, "load_tensors", lambda data, order=order: {k: load(data)[k] for k in order(["a", "b", "c"])})
+        assert list(ConceptDirection.load(tmp_path / "d").vectors) == ["a", "b", "c"]
+    monkeypatch.setattr(direction_files, "load_tensors", lambda data: {"a": load(data)["a"]})
+    with pytest.raises(ValueError, match="does not hold the tensors that its manifest lists"):
+        ConceptDirection.load(tmp_path / "d")
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:

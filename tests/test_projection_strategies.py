@@ -229,6 +229,8 @@ def main(folder: str, kind: str) -> None:
         if case == "output":
             used = ConceptDirection({name: torch.linalg.qr(torch.randn(n, 1, generator=torch.Generator().manual_seed(n)))[0].T
                                      for name, (n, _) in SHAPES.items()}, "lora_B")  # fmt: skip
+        if os.environ.get("LOCAL_RANK") == "1":  # as read from a file whose reader has an order of its own in every process
+            used = ConceptDirection(dict(reversed(used.vectors.items())), used.space)
         callback = GradientProjectionCallback(used, **settings)
         options: dict[str, Any] = {"devices": world}
         if kind == "ddp":

@@ -36,7 +36,7 @@ def write(folder: str | Path, vectors: Mapping[str, Tensor], facts: Mapping[str,
 
 
 def read(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the manifest.
+    """The tensors, in the order of their names, and the manifest.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -52,7 +52,11 @@ def read(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     content = (source / TENSORS).read_bytes()
     if hashlib.sha256(content).hexdigest() != record["sha256"]:
         raise ValueError(f"{source / TENSORS} does not have the hash that its manifest records: extract it again.")
-    return load_tensors(content), record
+    tensors = load_tensors(content)
+    if set(tensors) != set(record["shapes"]):
+        raise ValueError(f"{source / TENSORS} does not hold the tensors that its manifest lists: extract it again.")
+    # the reader's own order differs from process to process, and ranks send one another tensor after tensor
+    return {name: tensors[name] for name in sorted(tensors)}, record
 
 
 def push(save: Callable[[str], None], repo_id: str, private: bool, revision: str | None) -> str:
