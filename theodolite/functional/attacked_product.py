@@ -62,9 +62,8 @@ class ConstantWeight:
     """
 
     def __init__(self, weight: Tensor, rows: int | None) -> None:
-        # the operator that PyTorch's own compiler freezes weights with
-        reorder = torch.ops.mkldnn._reorder_linear_weight
-        self._packed = reorder(weight.T, rows) if rows is not None and _onednn(weight) else None
+        packs = rows is not None and _onednn(weight)  # by the operator that PyTorch's own compiler freezes weights with
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.T, rows) if packs else None
         self._weight = weight
 
     def times(self, flat: Tensor, plus: Tensor | None = None) -> Tensor:
