@@ -18,7 +18,6 @@ One exception to the rule that ``theodolite`` does not import the three rooms: t
 # ruff: noqa: E402
 from __future__ import annotations
 
-import datetime
 import importlib
 import os
 import pkgutil
@@ -42,10 +41,11 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from theodolite.atomic_checkpoints import AtomicCheckpointIO
 from theodolite.config_check import Checker, check_predicts
-from theodolite.config_layers import ConfigError, Layer, closest, config_files, merged, read_layers, texts
+from theodolite.config_layers import ConfigError, Layer, closest, merged, read_layers, texts
 from theodolite.distributed import leave_process_group
 from theodolite.launched_ranks import end_with_this_process
 from theodolite.lazy_names import class_index
+from theodolite.run_folder import RUN_DIR_VARIABLE, agreed_run_dir, global_rank
 from theodolite.run_logger import RunLogger
 from theodolite.run_recorder import RunRecorder
 
@@ -58,8 +58,6 @@ SUBCOMMANDS = {
 }
 DOCTOR = "look this machine over, and what a run would meet on it"
 POLICIES = "theodolite.lightning_modules"
-RUN_DIR_VARIABLE = "THEODOLITE_RUN_DIR"
-"""Set by rank zero for the processes that Lightning starts, so that all agree on a default folder."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -133,8 +131,8 @@ class TheodoliteCLI(LightningCLI):
         ckpt_path = settings.get("ckpt_path")
         if ckpt_path and ckpt_path not in ("best", "last", "hpc") and not Path(ckpt_path).exists():
             raise ConfigError(f"ckpt_path: there is no checkpoint '{ckpt_path}'.")
-        run_dir = settings.run_dir or _agreed_run_dir(self._args)
-        if subcommand == "fit" and _global_rank() == 0 and not ckpt_path and (Path(run_dir) / "config.yaml").exists():
+        run_dir = settings.run_dir or agreed_run_dir(self._args)
+        if subcommand == "fit" and global_rank() == 0 and not ckpt_path and (Path(run_dir) / "config.yaml").exists():
             resume = f"--ckpt_path={run_dir}/checkpoints/<file>.ckpt"
             raise ConfigError(f"{run_dir} already holds a run: continue it with {resume}, or choose another --run_dir.")
         os.environ[RUN_DIR_VARIABLE] = run_dir
@@ -185,14 +183,14 @@ class TheodoliteCLI(LightningCLI):
             super()._run_subcommand(subcommand)
             leave_process_group()
         except Exception as error:
-            if subcommand == "fit" and _global_rank() == 0:
+            if subcommand == "fit" and global_rank() == 0:
                 error.add_note(f"theodolite: stopped; the run is in {self.run_dir}, {self._continuation()}.")
             end_with_this_process(self.trainer.strategy.launcher)
             raise
         except SystemExit as error:
             if not isinstance(error.__context__, KeyboardInterrupt):
                 raise
-            _stop(130, f"theodolite: interrupted; the run is in {self.run_dir}, {self._continuation()}." if _global_rank() == 0 else "")
+            _stop(130, f"theodolite: interrupted; the run is in {self.run_dir}, {self._continuation()}." if global_rank() == 0 else "")
 
     def _continuation(self) -> str:
         """How to go on with a run that has stopped."""
@@ -289,53 +287,6 @@ def _checker(subcommand: str) -> Checker:
         },
         parts={(f"{POLICIES}.policy_module.PolicyModule", "rollout"): f"{POLICIES}.rollouts.RolloutEngine"},
     )
-
-
-def _global_rank() -> int:
-    """This process's rank before any process group exists; 0 where nothing was launched."""
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0
-
-
-def _agreed_run_dir(args: Sequence[str]) -> str:
-    """The default folder, the same on all ranks.
-
-    Rank zero chooses. Processes started by Lightning inherit its choice in the environment; those started by torchrun ask the store
-    that torchrun keeps for them.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            raise ConfigError("under this launcher the ranks cannot agree on a folder; pass --run_dir.")
-        return _run_dir_by_store(args)
-    if _global_rank() > 0:
-        inherited = os.environ.get(RUN_DIR_VARIABLE)
-        if inherited is None:
-            raise ConfigError("under this launcher the ranks cannot agree on a folder; pass --run_dir.")
-        return inherited
-    return _default_run_dir(args)
-
-
-def _run_dir_by_store(args: Sequence[str]) -> str:
-    # imported here: torch.distributed is missing from some builds, and only torchrun needs it
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=datetime.timedelta(seconds=120))
-    key = f"theodolite/run_dir/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    if _global_rank() == 0:
-        store.set(key, _default_run_dir(args))
-    return store.get(key).decode()
-
-
-def _default_run_dir(args: Sequence[str]) -> str:
-    files = [name for name in config_files(args) if Path(name).is_file()]
-    folder = Path("runs") / (Path(files[0]).stem if files else "run")
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    taken = 1
-    while (folder / (stamp if taken == 1 else f"{stamp}-{taken}")).exists():
-        taken += 1
-    return str(folder / (stamp if taken == 1 else f"{stamp}-{taken}"))
 
 
 def _root_cause(error: BaseException) -> str:

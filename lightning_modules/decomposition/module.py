@@ -16,7 +16,7 @@ evaluation draws the same masks every time and takes nothing from training's ran
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -38,9 +38,9 @@ from .component_model import ComponentModel
 from .decomposition import Decomposition, Prepared, input_tensor
 from .evaluation import Evaluation, build_measures
 from .ground_truth import one_hot_probe
-from .objectives import ImportanceMinimality, Objective, WholeBatchObjective
+from .objectives import ImportanceMinimality, WholeBatchObjective
 from .persistent_pgd import PersistentPGDEval, PersistentPGDRecon
-from .registry import OBJECTIVES, build_entry
+from .registry import training_losses
 from .step import StepBatch, microbatches, step_gradients
 from .targets.build import Target, build_target, check_target
 
@@ -115,8 +115,7 @@ class DecompositionModule(L.LightningModule):
         self.sigmoid, self.sampling, self.use_delta, self.output_loss = sigmoid, sampling, use_delta, output_loss
         self.run_seed = run_seed(seed)
         self.target_seed = self.run_seed if target_seed is None else target_seed
-        self.objectives: list[Objective] = [build_entry(spec, OBJECTIVES, "model.losses") for spec in losses]
-        _check_objectives(self.objectives)
+        self.objectives = training_losses(losses)
         self.measures = build_measures(metrics)
         for measure in self.measures:
             if isinstance(measure, PersistentPGDEval):
@@ -340,12 +339,3 @@ class DecompositionModule(L.LightningModule):
         for name, value in numbers.items():
             self._log(f"{phase}/{name}", value)
         self._evaluation = None
-
-
-def _check_objectives(objectives: Sequence[Objective]) -> None:
-    labels = [objective.label for objective in objectives]
-    for objective in objectives:
-        if objective.coeff is None:
-            raise ValueError(f"model.losses: {objective.label} has no coeff; give its weight, or list it in model.metrics.")
-        if labels.count(objective.label) > 1:
-            raise ValueError(f"model.losses: two losses are called {objective.label!r}; give one of them a key.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -53,3 +53,19 @@ def build_entry(spec: Mapping[str, Any], registry: Mapping[str, type[Any]], wher
         if key != "name" and key not in allowed:
             raise ValueError(f"{where}: {name} has no key {key!r}{closest(key, allowed)}.")
     return kind(**{key: value for key, value in spec.items() if key != "name"})
+
+
+def training_losses(specs: Sequence[Mapping[str, Any]]) -> list[Objective]:
+    """The losses of ``model.losses``, each with a weight and a name of its own.
+
+    Raises:
+        ValueError: See :func:`build_entry`; or a loss has no ``coeff``, or two are called alike.
+    """
+    objectives: list[Objective] = [build_entry(spec, OBJECTIVES, "model.losses") for spec in specs]
+    labels = [objective.label for objective in objectives]
+    for objective in objectives:
+        if objective.coeff is None:
+            raise ValueError(f"model.losses: {objective.label} has no coeff; give its weight, or list it in model.metrics.")
+        if labels.count(objective.label) > 1:
+            raise ValueError(f"model.losses: two losses are called {objective.label!r}; give one of them a key.")
+    return objectives
