@@ -190,8 +190,7 @@ def shards(config: Mapping[str, Any]) -> list[Finding]:
     """Whether a strategy that shards weights is told to, and nothing beside it wants them whole elsewhere."""
     if not in_shards(config):
         return []
-    strategy = (config.get("trainer") or {}).get("strategy")
-    given = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
+    _, given = _strategy(config)
     wanted = {"data_parallel_size": str(ranks(config)), "tensor_parallel_size": "1", "save_distributed_checkpoint": "false"}
     wrong = [f"{key} to {value}" for key, value in wanted.items() if str(given.get(key)).lower() != value]
     name, _ = _rollout(config)
@@ -202,9 +201,14 @@ def shards(config: Mapping[str, Any]) -> list[Finding]:
 
 def in_shards(config: Mapping[str, Any]) -> bool:
     """Whether the strategy lays weights in shards over ranks."""
+    return _strategy(config)[0] == "ModelParallelStrategy"
+
+
+def _strategy(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Its class or short name, and its settings."""
     strategy = (config.get("trainer") or {}).get("strategy")
-    path = strategy.get("class_path") if isinstance(strategy, dict) else strategy
-    return str(path).rpartition(".")[2] == "ModelParallelStrategy"
+    path, given = (strategy.get("class_path"), strategy.get("init_args") or {}) if isinstance(strategy, dict) else (strategy, {})
+    return str(path).rpartition(".")[2], given
 
 
 def ranks(config: Mapping[str, Any]) -> int:
