@@ -85,8 +85,9 @@ class ComponentRecovery:
     """Mean max cosine similarity (MMCS) of components with the directions that a toy's weights have for its features, and mean norm ratio.
 
     Attributes:
-        modules: ``rows``, ``columns`` or ``features`` by module: the direction of a feature is its input's row of the weight, its output's
-            column, or, in a module that reads a residual stream, what its embedding writes through the weight.
+        modules: ``rows``, ``columns``, ``features`` or ``neurons`` by module: the direction of a feature is its input's row of the weight,
+            its output's column, or, in a module that reads a residual stream, what its embedding writes through the weight; that of a
+            neuron is what it writes to the features, through a residual stream of which they see only their own directions.
     """
 
     name: ClassVar[str] = "recovery"
@@ -112,9 +113,11 @@ class ComponentRecovery:
         weight = parts.model.deltas()[name] + components.product()
         if kind in ("rows", "columns"):
             return recovery(weight, components.V, components.U, kind)
-        if kind != "features" or target is None or not isinstance(target.module, ResidMLP):
-            raise ValueError(f"recovery: {name} has kind {kind!r}; choose rows, columns, or (for a resid_mlp) features.")
+        if kind not in ("features", "neurons") or target is None or not isinstance(target.module, ResidMLP):
+            raise ValueError(f"recovery: {name} has kind {kind!r}; choose rows, columns, or (for a resid_mlp) features or neurons.")
         embedding: Any = target.module.W_E
+        if kind == "neurons":
+            return recovery(weight @ embedding.T, components.V, components.U @ embedding.T)
         return recovery(embedding @ weight, embedding @ components.V, components.U)
 
 

@@ -16,6 +16,7 @@ from theodolite.functional.schedules import schedule_factor
 from theodolite.functional.toy_features import induction_answers, induction_tokens
 from theodolite.lightning_modules.decomposition.component_model import ComponentModel, ones
 from theodolite.lightning_modules.decomposition.decomposition import Decomposition
+from theodolite.lightning_modules.decomposition.ground_truth import ComponentRecovery
 from theodolite.lightning_modules.decomposition.objectives import StochasticRecon
 from theodolite.lightning_modules.decomposition.step import StepBatch
 from theodolite.lightning_modules.decomposition.targets.build import build_target
@@ -75,6 +76,27 @@ def test_recovery_is_one_where_components_are_the_weight_s_rows() -> None:
     assert torch.allclose(ratio, torch.ones(4))
     cosine, _ = recovery(weight.T, weight.T, torch.eye(4), "columns")
     assert torch.allclose(cosine, torch.ones(4))
+
+
+def test_neurons_are_recovered_by_what_the_features_see_of_them() -> None:
+    target = build_target({"kind": "resid_mlp", "n_features": 6, "d_embed": 40, "d_mlp": 4, "n_layers": 1, "steps": 0}, seed=0)
+    name = "layers.0.mlp_out"
+    parts = Decomposition(ComponentModel(target.module, {name: 5}), {"mode": "layerwise", "fn_type": "mlp", "hidden_dims": [2]})
+    components, embedding = parts.model.sites[name].components, target.module.get_buffer("W_E")
+    weight = target.module.get_submodule(name).get_parameter("weight").T
+    unseen = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
+    unseen -= unseen @ torch.linalg.pinv(embedding) @ embedding  # nothing of it reaches a feature
+    measure = ComponentRecovery(modules={"*.mlp_out": "neurons"}).measure
+    with torch.no_grad():
+        components.V.copy_(torch.eye(4, 5))
+        components.U[:4] = weight
+        components.U += 10 * unseen
+        found = measure(parts, target)
+        assert found == pytest.approx({f"{name}/{key}": 1.0 for key in ("mmcs", "min_cosine", "norm_ratio")}, abs=1e-4)
+        components.U.copy_(torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(2)))[0] @ components.U)  # mixed
+        assert measure(parts, target)[f"{name}/mmcs"] < 0.9
+    with pytest.raises(ValueError, match=r"choose rows, columns, or .* features or neurons"):
+        ComponentRecovery(modules={"*.mlp_out": "neuron"}).measure(parts, target)
 
 
 def test_a_hugging_face_model_is_decomposed(tmp_path: Path) -> None:
