@@ -30,7 +30,7 @@ from theodolite.functional.pgd import (
     is_shared,
     source_shape,
 )
-from theodolite.protocols import MaskedReconstruction
+from theodolite.protocols import MaskedReconstruction, SlopedReconstruction
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,16 +189,23 @@ class _Part:
 
     def __init__(self, module: MaskedReconstruction, batch: Any, slots: list[int]) -> None:
         self.module, self.batch, self.slots, self.keep = module, batch, slots, False
+        self._slope_sum = module.slope_sum if isinstance(module, SlopedReconstruction) else module.loss_sum
         self._prepared: Any = None
 
     def loss(self, sources: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        return self.module.loss_sum(self._shared(), sources)
+
+    def slope(self, sources: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        return self._slope_sum(self._shared(), sources)
+
+    def _shared(self) -> Any:
         prepared = self._prepared
         if prepared is None:
             with torch.no_grad():
                 prepared = self.module.prepare(self.batch)
         if self.keep:
             self._prepared = prepared
-        return self.module.loss_sum(prepared, sources)
+        return prepared
 
 
 def _unique(module: MaskedReconstruction, parts: Sequence[_Part], _: int, settings: AttackSettings, mode: Mode) -> AttackCurve:
@@ -208,7 +215,7 @@ def _unique(module: MaskedReconstruction, parts: Sequence[_Part], _: int, settin
         part.keep = True
         shape = source_shape(settings.mask_scope, module.leading_shape(part.batch))
         sources = _start(module, shape, settings, part.slots)
-        curve.add(attack_each(part.loss, sources, settings.n_steps, settings.step_size))
+        curve.add(attack_each(part.loss, sources, settings.n_steps, settings.step_size, part.slope))
         part._prepared = None
     flat = torch.tensor([[curve.sums[n], float(curve.counts[n])] for n in settings.n_steps], dtype=torch.float64, device=device)
     for n, (total, count) in zip(settings.n_steps, sum_over_ranks(flat).tolist(), strict=True):
@@ -222,7 +229,8 @@ def _shared(module: MaskedReconstruction, parts: Sequence[_Part], begin: int, se
     positions = _agreed_positions(module, parts, settings.mask_scope)
     start = _start(module, source_shape(settings.mask_scope, (1, *positions)), settings, [begin])
     sources = {name: source.repeat(groups, *[1] * (source.ndim - 1)) for name, source in start.items()}
-    rows = [Rows(part.loss, torch.tensor([(slot - begin) // mode.group for slot in part.slots], device=device)) for part in parts]
+    groups_of = [torch.tensor([(slot - begin) // mode.group for slot in part.slots], device=device) for part in parts]
+    rows = [Rows(part.loss, groups, part.slope) for part, groups in zip(parts, groups_of, strict=True)]
     return attack_groups(rows, sources, settings.n_steps, settings.step_size, mode.average, sum_over_ranks)
 
 

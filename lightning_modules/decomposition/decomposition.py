@@ -132,11 +132,18 @@ class Decomposition(nn.Module):
         upper = {name: self.upper_of(z) for name, z in logits.items()}
         return Prepared(batch, clean.output, lower, upper, logits, clean.outputs, clean.inputs)
 
-    def recon_sum(self, prepared: Prepared, masks: Mapping[str, ComponentMask], frozen: bool = False) -> Tensor:
-        """Summed reconstruction loss of the output under ``masks``; ``frozen`` leaves the components out of the graph."""
+    def recon_sum(self, prepared: Prepared, masks: Mapping[str, ComponentMask], frozen: bool = False, valued: bool = True) -> Tensor:
+        """Summed reconstruction loss of the output under ``masks``.
+
+        Args:
+            prepared: The batch.
+            masks: By module.
+            frozen: Leave the components out of the graph.
+            valued: The value is wanted, and not its gradient alone.
+        """
         output = self.model(prepared.batch, masks, frozen=frozen, known=prepared.known if frozen else None).output
         if frozen and prepared.reference is not None:
-            return kl_sum(output.flatten(0, -2), prepared.reference, KL_CHUNK_NUMBERS)
+            return kl_sum(output.flatten(0, -2), prepared.reference, KL_CHUNK_NUMBERS, valued)
         return recon_sum(output, prepared.target, self.output_loss)
 
     def recon_count(self, prepared: Prepared) -> int:
@@ -165,8 +172,15 @@ class Decomposition(nn.Module):
 
     def loss_sum(self, prepared: Prepared, sources: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         """Summed loss under the masks that ``sources`` stand for, differentiable in the sources alone."""
+        return self._attacked_sum(prepared, sources, valued=True)
+
+    def slope_sum(self, prepared: Prepared, sources: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        """The same for its gradient alone, which is the same bit for bit; its value may be NaN."""
+        return self._attacked_sum(prepared, sources, valued=False)
+
+    def _attacked_sum(self, prepared: Prepared, sources: Mapping[str, Tensor], valued: bool) -> tuple[Tensor, int]:
         masks = {name: mask_from_source(prepared.lower[name], source) for name, source in sources.items()}
-        return self.recon_sum(prepared, masks, frozen=True), self.recon_count(prepared)
+        return self.recon_sum(prepared, masks, frozen=True, valued=valued), self.recon_count(prepared)
 
 
 def input_tensor(batch: Any) -> Tensor:

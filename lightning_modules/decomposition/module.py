@@ -159,7 +159,7 @@ class DecompositionModule(L.LightningModule):
     # ------------------------------------------------------------------ MaskedReconstruction
 
     def leading_shape(self, batch: Any) -> tuple[int, ...]:
-        """See :class:`~theodolite.lightning_modules.decomposition.decomposition.Decomposition`; likewise the next three."""
+        """See :class:`~theodolite.lightning_modules.decomposition.decomposition.Decomposition`; likewise the next four."""
         return self.decomposition.leading_shape(batch)
 
     def source_channels(self) -> dict[str, int]:
@@ -173,6 +173,10 @@ class DecompositionModule(L.LightningModule):
     def loss_sum(self, prepared: Prepared, sources: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         """Summed loss under sources, and its count."""
         return self.decomposition.loss_sum(prepared, sources)
+
+    def slope_sum(self, prepared: Prepared, sources: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        """The same for its gradient alone."""
+        return self.decomposition.slope_sum(prepared, sources)
 
     # ------------------------------------------------------------------ ComponentView
 

@@ -22,6 +22,7 @@ from theodolite.functional.attacked_product import (
 )
 from theodolite.functional.component_masks import SourceMask, mask_from_source
 from theodolite.functional.pgd import initial_sources
+from theodolite.protocols import SlopedReconstruction
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -123,3 +124,18 @@ def test_what_an_attack_on_one_module_keeps_does_not_reach_an_attack_on_all() ->
     torch.autograd.grad(parts.loss_sum(prepared, alone)[0], list(alone.values()))
     found, expected = (float(parts.loss_sum(each, sources)[0]) for each in (prepared, parts.prepare(tokens())))
     assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_slope_of_a_decomposition_is_its_loss_s() -> None:
+    parts = tiny(torch.float64).requires_grad_(False)
+    assert isinstance(parts, SlopedReconstruction)
+    leaves = initial_sources(parts.source_channels(), (ROWS, LENGTH), "random", (0,), dtype=torch.float64)
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    prepared = parts.prepare(tokens())
+    (loss, count), (slope, same) = parts.loss_sum(prepared, leaves), parts.slope_sum(parts.prepare(tokens()), leaves)
+    assert count == same
+    assert torch.isfinite(loss)
+    assert torch.isnan(slope)
+    for one, other in zip(*(torch.autograd.grad(total, list(leaves.values())) for total in (loss, slope)), strict=True):
+        assert torch.equal(one, other)

@@ -76,6 +76,27 @@ def test_kl_and_its_gradient_in_any_chunks(chunk: int) -> None:
     torch.testing.assert_close(torch.autograd.grad(known, logits)[0] * 3, theirs, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_gradient_without_its_value_is_the_same_bit_for_bit(dtype: torch.dtype) -> None:
+    logits, plain = (drawn(5, 7) * 8 - 4).detach().to(dtype).requires_grad_(), (drawn(5, 7, seed=1).detach() * 8).to(dtype)
+    for reference in (plain, KLReference(plain)):
+        value, none = kl_sum(logits, reference, 14), kl_sum(logits, reference, 14, valued=False)
+        assert torch.isnan(none)
+        assert none.dtype == value.dtype
+        (found,) = torch.autograd.grad(none, logits)
+        (expected,) = torch.autograd.grad(kl_sum(logits, reference, 14), logits)
+        assert torch.equal(found, expected)
+        assert found.any()
+        assert torch.equal(kl_sum(logits.detach(), reference, 14, valued=False), value.detach()), "there is nothing else to compute"
+
+
+def test_where_logits_are_the_reference_the_gradient_is_exactly_zero() -> None:
+    logits = (drawn(5, 7).float() * 8).detach().requires_grad_()
+    for valued in (True, False):
+        (gradient,) = torch.autograd.grad(kl_sum(logits, KLReference(logits.detach().clone()), 14, valued), logits)
+        assert not gradient.any()
+
+
 def test_a_divergence_whose_gradient_was_written_over_is_not_differentiated() -> None:
     logits, reference = drawn(5, 7), KLReference(drawn(5, 7, seed=1).detach())
     first, second = kl_sum(logits, reference, 14), kl_sum(logits, reference, 14)

@@ -55,6 +55,29 @@ def curve(net: TinyNet, data: Tensor, micro: int, groups: list[int], init: Any =
     return attack_groups(parts, sources, STEPS, 0.1, **settings)
 
 
+def test_only_the_steps_that_are_reported_take_a_loss_with_a_value() -> None:
+    net, data, taken = module(), rows(), []
+    prepared = net.prepare(data)
+
+    def loss(given: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        taken.append("loss")
+        return net.loss_sum(prepared, given)
+
+    def slope(given: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        taken.append("slope")
+        total, count = net.loss_sum(prepared, given)
+        return total + torch.nan * total.detach(), count
+
+    for attack in (
+        lambda other: attack_each(loss, start(net, (ROWS, 1)), [0, 3], 0.1, other),
+        lambda other: attack_groups([Rows(loss, torch.zeros(ROWS, dtype=torch.long), other)], start(net, (1, 1)), [0, 3], 0.1),
+    ):
+        taken.clear()
+        found = attack(slope)
+        assert taken == ["loss", "slope", "slope", "loss"]
+        assert found == attack(None)
+
+
 def by_hand(net: TinyNet, data: Tensor, shards: int, n_steps: int) -> float:
     """Ranks that average the gradients of their mean losses, written out."""
     sources = start(net, (1, 1))

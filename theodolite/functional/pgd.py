@@ -103,7 +103,7 @@ class AttackCurve:
             self.counts[n] = self.counts.get(n, 0) + other.counts[n]
 
 
-def attack_each(loss: LossSum, sources: Sources, n_steps: Sequence[int], step_size: float) -> AttackCurve:
+def attack_each(loss: LossSum, sources: Sources, n_steps: Sequence[int], step_size: float, slope: LossSum | None = None) -> AttackCurve:
     """Attack rows that each have sources of their own, in place, and report the loss at several numbers of steps of this one attack.
 
     A loss is measured by the forward pass of the step that follows it, so a curve costs no more than its last point. Parameters should be
@@ -115,13 +115,14 @@ def attack_each(loss: LossSum, sources: Sources, n_steps: Sequence[int], step_si
         sources: By site; changed in place.
         n_steps: Numbers of steps at which the loss is wanted; the largest decides how many are taken.
         step_size: Of the ascent, in units of the box.
+        slope: Has the gradient of ``loss`` and any value, NaN for one: taken in steps whose loss is not wanted, where it is cheaper.
 
     Raises:
         ValueError: If a site's sources do not reach the loss, or a number of steps is negative.
     """
     curve = AttackCurve()
     for step, differentiate in _steps(n_steps):
-        total, count, gradients = _evaluate(loss, sources, differentiate)
+        total, count, gradients = _evaluate(loss if step in n_steps else slope or loss, sources, differentiate)
         if step in n_steps:
             curve.sums[step], curve.counts[step] = float(total), count
         for source, gradient in zip(sources.values(), gradients, strict=differentiate):
@@ -136,10 +137,12 @@ class Rows:
     Attributes:
         loss: Their summed loss under sources of leading shape ``(count, ...)``.
         groups: (count,) whose source attacks each row: an index into the sources' first axis.
+        slope: See :func:`attack_each`.
     """
 
     loss: LossSum
     groups: Tensor
+    slope: LossSum | None = None
 
 
 def attack_groups(
@@ -163,7 +166,7 @@ def attack_groups(
     """
     curve = AttackCurve()
     for step, differentiate in _steps(n_steps):
-        sums = _GroupSums.over(parts, sources, differentiate, reduce)
+        sums = _GroupSums.over(parts, sources, step in n_steps, differentiate, reduce)
         if step in n_steps:
             curve.sums[step], curve.counts[step] = float(sums.total), round(float(sums.counts.sum()))
             if differentiate and len(sums.counts) == 1:
@@ -203,7 +206,7 @@ def _evaluate(loss: LossSum, sources: Mapping[str, Tensor], differentiate: bool)
 
 @dataclass(slots=True)
 class _GroupSums:
-    """Float64 sums over rows: the loss (), its counts (G,), gradients (G, N) by group, and gradients without their sign (N,)."""
+    """Float64 sums over rows: the loss (), if wanted, its counts (G,), gradients (G, N) by group, and gradients without their sign (N,)."""
 
     total: Tensor
     counts: Tensor
@@ -211,14 +214,14 @@ class _GroupSums:
     magnitudes: Tensor
 
     @staticmethod
-    def over(parts: Sequence[Rows], sources: Sources, differentiate: bool, reduce: Reduce | None) -> _GroupSums:
+    def over(parts: Sequence[Rows], sources: Sources, valued: bool, differentiate: bool, reduce: Reduce | None) -> _GroupSums:
         some = next(iter(sources.values()))
         numbers = sum(source[0].numel() for source in sources.values()) if differentiate else 0
         groups = some.shape[0]
         flat = torch.zeros(1 + groups + (groups + 1) * numbers, dtype=torch.float64, device=some.device)
         sums = _GroupSums._view(flat, groups, numbers)
         for part in parts:
-            sums._add(part, sources, differentiate)
+            sums._add(part, sources, valued, differentiate)
         return sums if reduce is None else _GroupSums._view(reduce(flat), groups, numbers)
 
     @staticmethod
@@ -226,10 +229,10 @@ class _GroupSums:
         total, counts, gradients, magnitudes = flat.split([1, groups, groups * numbers, numbers])
         return _GroupSums(total, counts, gradients.view(groups, numbers), magnitudes)
 
-    def _add(self, part: Rows, sources: Sources, differentiate: bool) -> None:
+    def _add(self, part: Rows, sources: Sources, valued: bool, differentiate: bool) -> None:
         # one leaf per row: what crosses rows is then summed here, in float64, and not inside the backward pass
         rows = {name: source[part.groups] for name, source in sources.items()}
-        total, count, gradients = _evaluate(part.loss, rows, differentiate)
+        total, count, gradients = _evaluate(part.loss if valued else part.slope or part.loss, rows, differentiate)
         self.total += total
         per_row = torch.full(part.groups.shape, count / len(part.groups), dtype=torch.float64, device=part.groups.device)
         self.counts.index_add_(0, part.groups, per_row)

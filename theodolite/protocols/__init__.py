@@ -11,7 +11,7 @@ of this package, each imported as ``from theodolite.protocols import NAME``:
 """
 
 from .activations import ActivationBatch, ActivationRows, ActivationSource, ActivationTable, ActivationTables, NestedCoder
-from .decomposition import ComponentView, MaskedReconstruction
+from .decomposition import ComponentView, MaskedReconstruction, SlopedReconstruction
 from .grades import Environment, Grade, Label, Reward, Verdict
 from .policies import (
     Chat,
@@ -53,6 +53,7 @@ __all__ = [
     "Reward",
     "Rollout",
     "SequenceScorer",
+    "SlopedReconstruction",
     "TalkativeAutoencoder",
     "TokenSequence",
     "Verbaliser",

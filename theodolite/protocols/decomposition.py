@@ -45,6 +45,15 @@ class MaskedReconstruction(Protocol):
 
 
 @runtime_checkable
+class SlopedReconstruction(MaskedReconstruction, Protocol):
+    """A reconstruction whose loss is cheaper to differentiate than to know."""
+
+    def slope_sum(self, prepared: Any, sources: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        """As ``loss_sum``, with the same gradient; its value may be anything, NaN for one."""
+        ...
+
+
+@runtime_checkable
 class ComponentView(Protocol):
     """A decomposition whose components and causal importances can be looked at."""
 
