@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from theodolite.functional.attacked_product import constant_product
+from theodolite.functional.frozen_layers import frozen_rms_norm, tanh_gelu
 
 
 class LlamaSimpleMLP(nn.Module):
@@ -87,6 +88,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """(..., width) to the same."""
+        if not self.weight.requires_grad:
+            return frozen_rms_norm(states, self.weight, 1e-6)
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
         return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(states.dtype)
 
@@ -122,16 +125,18 @@ class Attention(nn.Module):
             cosine, sine = (table[:, :half].repeat_interleave(2, dim=-1) for table in (cosine, sine))
             turned = torch.stack([-states[..., 1::2], states[..., ::2]], dim=-1).flatten(-2)
         else:
-            first, second = states.chunk(2, dim=-1)
-            turned = torch.cat([-second, first], dim=-1)
+            half = states.shape[-1] // 2
+            turned, sine = states.roll(half, -1), torch.cat([-sine[:, :half], sine[:, half:]], dim=-1)
         return states * cosine + turned * sine
 
     def forward(self, states: Tensor) -> Tensor:
         """(B, S, width) to the same."""
         query = self.rotate(self.q_proj(states).unflatten(-1, (self.n_heads, -1)).transpose(1, 2))
         key, value = (proj(states).unflatten(-1, (self.n_groups, -1)).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
-        key, value = (part.repeat_interleave(self.n_heads // self.n_groups, dim=1) for part in (self.rotate(key), value))
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        key, grouped = self.rotate(key), query.device.type == "cpu"
+        if not grouped:  # in single precision a GPU has no fast attention for groups
+            key, value = (part.repeat_interleave(self.n_heads // self.n_groups, dim=1) for part in (key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
         return self.o_proj(mixed.transpose(1, 2).flatten(-2))
 
 
@@ -149,7 +154,7 @@ class _MLP(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, states: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.c_fc(states), approximate="tanh"))
+        return self.down_proj(tanh_gelu(self.c_fc(states)))
 
 
 class _Block(nn.Module):
