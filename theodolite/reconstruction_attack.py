@@ -255,12 +255,12 @@ def _dtype(module: Any) -> torch.dtype:
 
 
 def _device(module: Any) -> torch.device:
-    some = next(iter(_parameters(module)), None)
+    some = next(_parameters(module), None)
     return torch.device("cpu") if some is None else some.device
 
 
-def _parameters(module: Any) -> list[nn.Parameter]:
-    return list(module.parameters()) if isinstance(module, nn.Module) else []
+def _parameters(module: Any) -> Iterator[nn.Parameter]:
+    return module.parameters() if isinstance(module, nn.Module) else iter(())
 
 
 @contextmanager
