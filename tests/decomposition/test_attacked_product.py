@@ -111,6 +111,7 @@ def test_a_constant_product_and_its_gradient(dtype: torch.dtype, error: float) -
     (gradient,) = torch.autograd.grad(found, inputs, upstream)
     torch.testing.assert_close(gradient, upstream @ weight.T, rtol=error, atol=error)
     assert not constant_product(inputs.detach(), weight).requires_grad
+    assert constant_product(inputs.flatten(0, 1)[:0], weight).shape == (0, 7), "a rank may have nothing routed"
     for rows in (None, 6):
         held = ConstantWeight(weight.detach(), rows).times(inputs.detach().flatten(0, -2), torch.ones(6, 7, dtype=dtype))
         torch.testing.assert_close(held.view(2, 3, 7), found.detach() + 1, rtol=error, atol=error)

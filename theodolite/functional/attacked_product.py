@@ -30,13 +30,13 @@ class _ConstantProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return _product(inputs.flatten(0, -2), weight).view(*inputs.shape[:-1], -1)
+        return _product(inputs.flatten(0, -2), weight).unflatten(0, inputs.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (weight,) = ctx.saved_tensors
-        return _product(upstream.flatten(0, -2), weight.T).view(*upstream.shape[:-1], -1), None
+        return _product(upstream.flatten(0, -2), weight.T).unflatten(0, upstream.shape[:-1]), None
 
 
 def constant_product(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class _AttackedOutput(torch.autograd.Function):
         ctx.site = site
         ctx.save_for_backward(acts, target, source, kept)
         masked = (scale.mul_(acts) if kept is None else scale * acts).flatten(0, -2)
-        return site.write.times(masked, _base(target, source, site)).view(*acts.shape[:-1], -1)
+        return site.write.times(masked, _base(target, source, site)).unflatten(0, acts.shape[:-1])
 
     @staticmethod
     @once_differentiable
@@ -183,7 +183,7 @@ class _AttackedOutput(torch.autograd.Function):
             direct = None if target is None else upstream * (target if site.bias is None else target - site.bias)
             for_source = _source_gradient(read.mul_(acts), direct, site.rest, source.shape)
         if joined is not None:
-            for_inputs = site.read_back.times(joined.flatten(0, -2)).view(*acts.shape[:-1], -1)
+            for_inputs = site.read_back.times(joined.flatten(0, -2)).unflatten(0, acts.shape[:-1])
         return for_inputs, for_source, None, None, None, None
 
 
