@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ class Prepared:
         batch: The target's input, rows first.
         target: Its output.
         lower: Lower causal importances by module, (..., C): the masks' lower ends.
-        upper: Upper ones, which are penalised.
+        upper_of: From logits to upper importances.
         logits: What both are functions of.
         outputs: Outputs of the decomposed modules in the clean forward pass.
         inputs: Their inputs.
@@ -39,13 +39,18 @@ class Prepared:
     batch: Tensor
     target: Tensor
     lower: dict[str, Tensor]
-    upper: dict[str, Tensor]
+    upper_of: Callable[[Tensor], Tensor]
     logits: dict[str, Tensor]
     outputs: dict[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     index: int = 0
     known: Known = field(default_factory=Known)
     reference: KLReference | None = None
+
+    @property
+    def upper(self) -> dict[str, Tensor]:
+        """Upper importances, which are penalised; computed where they are asked for, which an attack never does."""
+        return {name: self.upper_of(z) for name, z in self.logits.items()}
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -59,8 +64,8 @@ class Prepared:
 
     def detached(self) -> Prepared:
         """The same without graph."""
-        lower, upper, logits = ({n: t.detach() for n, t in part.items()} for part in (self.lower, self.upper, self.logits))
-        return Prepared(self.batch, self.target, lower, upper, logits, self.outputs, self.inputs, self.index)
+        lower, logits = ({n: t.detach() for n, t in part.items()} for part in (self.lower, self.logits))
+        return Prepared(self.batch, self.target, lower, self.upper_of, logits, self.outputs, self.inputs, self.index)
 
 
 class Decomposition(nn.Module):
@@ -129,8 +134,7 @@ class Decomposition(nn.Module):
         logits = {name: z.to(torch.promote_types(z.dtype, torch.float32)) for name, z in self.ci_fn(clean.inputs).items()}
         lower_logits = logits if jitter is None else _jittered(logits, jitter)
         lower = {name: self.lower_of(z) for name, z in lower_logits.items()}
-        upper = {name: self.upper_of(z) for name, z in logits.items()}
-        return Prepared(batch, clean.output, lower, upper, logits, clean.outputs, clean.inputs)
+        return Prepared(batch, clean.output, lower, self.upper_of, logits, clean.outputs, clean.inputs)
 
     def recon_sum(self, prepared: Prepared, masks: Mapping[str, ComponentMask], frozen: bool = False, valued: bool = True) -> Tensor:
         """Summed reconstruction loss of the output under ``masks``.
