@@ -163,21 +163,18 @@ class _AttackedOutput(torch.autograd.Function):
         if acts is None:
             acts = site.read.times(inputs.flatten(0, -2)).view(site.rest.shape)
             target = original(inputs) if site.delta else None
-        scale = _scale(site, source)
-        # a mask of a smaller source is made again: that is cheaper than fetching it from memory
-        kept = scale if ctx.needs_input_grad[0] and source.numel() >= scale.numel() else None
         ctx.site = site
-        ctx.save_for_backward(acts, target, source, kept)
-        masked = (scale.mul_(acts) if kept is None else scale * acts).flatten(0, -2)
+        ctx.save_for_backward(acts, target, source)  # and not the mask: to make it again costs no more than to fetch it from memory
+        masked = _scale(site, source).mul_(acts).flatten(0, -2)
         return site.write.times(masked, _base(target, source, site)).unflatten(0, acts.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        acts, target, source, scale = ctx.saved_tensors
+        acts, target, source = ctx.saved_tensors
         site: AttackedSite = ctx.site
         read = site.write_back.times(upstream.flatten(0, -2)).view(acts.shape)
-        joined = _joined(read, upstream, source, site, scale) if ctx.needs_input_grad[0] else None
+        joined = _joined(read, upstream, source, site) if ctx.needs_input_grad[0] else None
         for_inputs = for_source = None
         if ctx.needs_input_grad[1]:  # before the next product, which would drive what it reads out of the cache
             direct = None if target is None else upstream * (target if site.bias is None else target - site.bias)
@@ -205,15 +202,11 @@ def _base(target: Tensor | None, source: Tensor, site: AttackedSite) -> Tensor |
     return base.flatten(0, -2)
 
 
-def _joined(read: Tensor, upstream: Tensor, source: Tensor, site: AttackedSite, scale: Tensor | None) -> Tensor:
-    """(..., C + d_out) what returns through V and, beside it, through W; without delta (..., C). ``scale`` is what was kept of the mask."""
+def _joined(read: Tensor, upstream: Tensor, source: Tensor, site: AttackedSite) -> Tensor:
+    """(..., C + d_out) what returns through V and, beside it, through W; without delta (..., C)."""
     columns = read.shape[-1]
     joined = read.new_empty(*read.shape[:-1], columns + (upstream.shape[-1] if site.delta else 0))
-    through_components = joined[..., :columns]
-    if scale is None:
-        _scale(site, source, through_components).mul_(read)
-    else:
-        torch.mul(scale, read, out=through_components)
+    _scale(site, source, joined[..., :columns]).mul_(read)
     if site.delta:
         torch.mul(upstream, source[..., -1:], out=joined[..., columns:])
     return joined

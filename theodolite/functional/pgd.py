@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -122,11 +123,10 @@ def attack_each(loss: LossSum, sources: Sources, n_steps: Sequence[int], step_si
     """
     curve = AttackCurve()
     for step, differentiate in _steps(n_steps):
-        total, count, gradients = _evaluate(loss if step in n_steps else slope or loss, sources, differentiate)
+        evaluated = loss if step in n_steps else slope or loss
+        total, count = _move(evaluated, sources, step_size) if differentiate else _measure(evaluated, sources)
         if step in n_steps:
             curve.sums[step], curve.counts[step] = float(total), count
-        for source, gradient in zip(sources.values(), gradients, strict=differentiate):
-            ascend(source, gradient, step_size)
     return curve
 
 
@@ -189,19 +189,48 @@ def _steps(n_steps: Sequence[int]) -> list[tuple[int, bool]]:
     return [(step, step < max(n_steps)) for step in range(max(n_steps) + 1)]
 
 
-def _evaluate(loss: LossSum, sources: Mapping[str, Tensor], differentiate: bool) -> tuple[Tensor, int, list[Tensor]]:
-    """Loss, count and gradients (none unless asked for)."""
-    leaves = {name: source.detach().requires_grad_(differentiate) for name, source in sources.items()}
-    with torch.set_grad_enabled(differentiate):
+def _measure(loss: LossSum, sources: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    """Loss and count."""
+    with torch.no_grad():
+        return loss({name: source.detach() for name, source in sources.items()})
+
+
+def _move(loss: LossSum, sources: Mapping[str, Tensor], step_size: float) -> tuple[Tensor, int]:
+    """Loss and count, and one step of every source as soon as its gradient is known: it is then at hand, and is let go before the next."""
+    leaves, still = _leaves(sources), set(sources)
+
+    def step(leaf: Tensor, name: str) -> None:
+        assert leaf.grad is not None
+        ascend(sources[name], leaf.grad, step_size)
+        leaf.grad = None
+        still.discard(name)
+
+    for name, leaf in leaves.items():
+        leaf.register_post_accumulate_grad_hook(partial(step, name=name))
+    with torch.enable_grad():
         total, count = loss(leaves)
-    if not differentiate:
-        return total.detach(), count, []
+    total.backward(inputs=list(leaves.values()))
+    _check_reached(still)
+    return total.detach(), count
+
+
+def _slopes(loss: LossSum, sources: Mapping[str, Tensor]) -> tuple[Tensor, int, list[Tensor]]:
+    """Loss, count and gradients."""
+    leaves = _leaves(sources)
+    with torch.enable_grad():
+        total, count = loss(leaves)
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    found = [gradient for gradient in gradients if gradient is not None]
-    if len(found) < len(leaves):
-        name = next(name for name, gradient in zip(leaves, gradients, strict=True) if gradient is None)
-        raise ValueError(f"The sources of {name!r} do not reach the loss, so there is nothing to attack there; leave that site out.")
-    return total.detach(), count, found
+    _check_reached({name for name, gradient in zip(leaves, gradients, strict=True) if gradient is None})
+    return total.detach(), count, [gradient for gradient in gradients if gradient is not None]
+
+
+def _leaves(sources: Mapping[str, Tensor]) -> Sources:
+    return {name: source.detach().requires_grad_() for name, source in sources.items()}
+
+
+def _check_reached(missed: set[str]) -> None:
+    if missed:
+        raise ValueError(f"The sources of {min(missed)!r} do not reach the loss, so there is nothing to attack there; leave that site out.")
 
 
 @dataclass(slots=True)
@@ -232,7 +261,8 @@ class _GroupSums:
     def _add(self, part: Rows, sources: Sources, valued: bool, differentiate: bool) -> None:
         # one leaf per row: what crosses rows is then summed here, in float64, and not inside the backward pass
         rows = {name: source[part.groups] for name, source in sources.items()}
-        total, count, gradients = _evaluate(part.loss if valued else part.slope or part.loss, rows, differentiate)
+        evaluated = part.loss if valued else part.slope or part.loss
+        total, count, gradients = _slopes(evaluated, rows) if differentiate else (*_measure(evaluated, rows), [])
         self.total += total
         per_row = torch.full(part.groups.shape, count / len(part.groups), dtype=torch.float64, device=part.groups.device)
         self.counts.index_add_(0, part.groups, per_row)
