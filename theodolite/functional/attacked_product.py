@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from theodolite.functional.component_masks import SourceMask
+from theodolite.functional.component_masks import SourceMask, mask_beyond_delta
 
 
 def _onednn(tensor: Tensor) -> bool:
@@ -87,15 +87,15 @@ class AttackedSite:
         pack: There will be enough steps that packing weights pays.
 
     Attributes:
-        rest: (..., C) what a source decides of, ``1 - g``.
+        importance: (..., C) g.
         delta: The source has a delta component.
         bias: See above.
     """
 
     def __init__(self, mask: SourceMask, read: Tensor, write: Tensor, weight: Tensor, bias: Tensor | None, pack: bool) -> None:
-        self.rest, self.delta, self.bias = 1 - mask.importance, mask.delta is not None, bias
+        self.importance, self.delta, self.bias = mask.importance, mask.delta is not None, bias
         self._read, self._write, self._weight = read.detach(), write.detach(), weight.detach()
-        self._rows = self.rest[..., 0].numel() if pack else None
+        self._rows = self.importance[..., 0].numel() if pack else None
 
     @cached_property
     def read(self) -> ConstantWeight:
@@ -161,7 +161,7 @@ class _AttackedOutput(torch.autograd.Function):
         target: Tensor | None,
     ) -> Tensor:
         if acts is None:
-            acts = site.read.times(inputs.flatten(0, -2)).view(site.rest.shape)
+            acts = site.read.times(inputs.flatten(0, -2)).view(site.importance.shape)
             target = original(inputs) if site.delta else None
         ctx.site = site
         ctx.save_for_backward(acts, target, source)  # and not the mask: to make it again costs no more than to fetch it from memory
@@ -178,25 +178,22 @@ class _AttackedOutput(torch.autograd.Function):
         for_inputs = for_source = None
         if ctx.needs_input_grad[1]:  # before the next product, which would drive what it reads out of the cache
             direct = None if target is None else upstream * (target if site.bias is None else target - site.bias)
-            for_source = _source_gradient(read.mul_(acts), direct, site.rest, source.shape)
+            for_source = _source_gradient(read.mul_(acts), direct, site.importance, source.shape)
         if joined is not None:
             for_inputs = site.read_back.times(joined.flatten(0, -2)).unflatten(0, acts.shape[:-1])
         return for_inputs, for_source, None, None, None, None
 
 
 def _scale(site: AttackedSite, source: Tensor, out: Tensor | None = None) -> Tensor:
-    """``g + (1 - g) r - d``, or without d, (..., C), in ``out`` or memory of its own; 0 exactly where everything is on."""
-    off = 1 - source
-    start, off = (off[..., -1:], off[..., :-1]) if site.delta else (off.new_ones(()), off)
-    if out is None:
-        out = off if off.shape == site.rest.shape else torch.empty_like(site.rest)
-    return torch.addcmul(start, site.rest, off, value=-1, out=out)
+    """What activations are multiplied with, (..., C), in ``out`` or memory of its own."""
+    components, delta = (source[..., :-1], source[..., -1:]) if site.delta else (source, None)
+    return mask_beyond_delta(site.importance, components, delta, out)
 
 
 def _base(target: Tensor | None, source: Tensor, site: AttackedSite) -> Tensor | None:
     """(rows, d_out) what the components' part is added to, a tensor of its own: exactly the target's output at d = 1."""
     if target is None:
-        return None if site.bias is None else site.bias.repeat(site.rest[..., 0].numel(), 1)
+        return None if site.bias is None else site.bias.repeat(site.importance[..., 0].numel(), 1)
     delta = source[..., -1:]
     base = target * delta if site.bias is None else torch.addcmul(target, target - site.bias, delta - 1)
     return base.flatten(0, -2)
@@ -212,22 +209,22 @@ def _joined(read: Tensor, upstream: Tensor, source: Tensor, site: AttackedSite) 
     return joined
 
 
-def _source_gradient(product: Tensor, direct: Tensor | None, rest: Tensor, shape: Sequence[int]) -> Tensor:
+def _source_gradient(product: Tensor, direct: Tensor | None, importance: Tensor, shape: Sequence[int]) -> Tensor:
     """Gradient as the source is shaped.
 
     Args:
         product: (..., C) ``a * (upstream U')``, which is changed.
         direct: (..., d_out) ``upstream * (x W)``; None without delta component.
-        rest: (..., C) ``1 - g``.
+        importance: (..., C) g.
         shape: Of the source.
     """
     gradient = product.new_empty(shape)
-    if direct is not None:
-        for_delta = direct.sum(-1, keepdim=True).sub_(product.sum(-1, keepdim=True))
-        gradient[..., -1:] = for_delta.sum_to_size(*shape[:-1], 1)
-    columns = gradient[..., : rest.shape[-1]]
+    for_delta = None if direct is None else direct.sum(-1, keepdim=True).sub_(product.sum(-1, keepdim=True))
+    columns = gradient[..., : importance.shape[-1]]
     if columns.shape == product.shape:
-        torch.mul(product, rest, out=columns)
+        torch.addcmul(product, product, importance, value=-1, out=columns)
     else:
-        columns.copy_(product.mul_(rest).sum_to_size(columns.shape))
+        columns.copy_(product.addcmul_(product, importance, value=-1).sum_to_size(columns.shape))
+    if for_delta is not None:  # last: one number per row, in memory that is then at hand
+        gradient[..., -1:] = for_delta.sum_to_size(*shape[:-1], 1)
     return gradient

@@ -157,12 +157,24 @@ class _Interpolated(torch.autograd.Function):
 
 def _times_mask(values: Tensor, importance: Tensor, source: Tensor, delta: Tensor | None) -> Tensor:
     """``values (g + (1 - g) r - d)``, with one tensor of the values' size made."""
-    if source.numel() == importance.numel():
-        mask = torch.lerp(source, source.new_ones(()), importance)
-        mask = mask if delta is None else mask.sub_(delta[..., None])
-    else:  # what is smaller than the importances costs nothing
-        mask = torch.addcmul(source if delta is None else source - delta[..., None], importance, 1 - source)
+    mask = mask_beyond_delta(importance, source, None if delta is None else delta[..., None])
     return mask.mul_(values) if mask.dtype == values.dtype and mask.shape == values.shape else mask * values
+
+
+def mask_beyond_delta(importance: Tensor, source: Tensor, delta: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """``g + (1 - g) r - d``: what the components write beyond d times the target's own output; exactly 0 where everything is on.
+
+    Args:
+        importance: (..., C) g.
+        source: r, (..., C), broadcastable to the importances.
+        delta: (..., 1) d, broadcastable; None = 0.
+        out: (..., C) where the result goes; None = memory of its own.
+    """
+    if source.numel() == importance.numel():
+        mask = torch.lerp(source, source.new_ones(()), importance, out=out)
+        return mask if delta is None else mask.sub_(delta)
+    # what is smaller than the importances costs nothing
+    return torch.addcmul(source if delta is None else source - delta, importance, 1 - source, out=out)
 
 
 def stochastic_masks(
