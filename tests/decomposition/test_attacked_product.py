@@ -110,6 +110,8 @@ def test_a_constant_product_and_its_gradient(dtype: torch.dtype, error: float) -
     upstream = drawn(2, 3, 7, seed=2).detach().to(dtype)
     (gradient,) = torch.autograd.grad(found, inputs, upstream)
     torch.testing.assert_close(gradient, upstream @ weight.T, rtol=error, atol=error)
+    bias = drawn(7, seed=4).detach().to(dtype)
+    torch.testing.assert_close(constant_product(inputs, weight, bias), inputs @ weight + bias, rtol=error, atol=error)
     assert not constant_product(inputs.detach(), weight).requires_grad
     assert constant_product(inputs.flatten(0, 1)[:0], weight).shape == (0, 7), "a rank may have nothing routed"
     for rows in (None, 6):

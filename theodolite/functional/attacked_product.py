@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from theodolite.functional.component_masks import SourceMask, mask_beyond_delta
 
@@ -22,28 +23,31 @@ def _onednn(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and torch.backends.mkldnn.is_available()
 
 
-def _product(flat: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(flat, weight.T, None, "none", [], "") if _onednn(weight) else flat @ weight
+def _product(flat: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if _onednn(weight):
+        return torch.ops.mkldnn._linear_pointwise(flat, weight.T, bias, "none", [], "")
+    return flat @ weight if bias is None else torch.addmm(bias, flat, weight)
 
 
 class _ConstantProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _product(inputs.flatten(0, -2), weight).unflatten(0, inputs.shape[:-1])
+        return _product(inputs.flatten(0, -2), weight, bias).unflatten(0, inputs.shape[:-1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (weight,) = ctx.saved_tensors
-        return _product(upstream.flatten(0, -2), weight.T).unflatten(0, upstream.shape[:-1]), None
+        return _product(upstream.flatten(0, -2), weight.T).unflatten(0, upstream.shape[:-1]), None, None
 
 
-def constant_product(inputs: Tensor, weight: Tensor) -> Tensor:
-    """``inputs @ weight``, (..., d_in) and (d_in, d_out), differentiable in the inputs alone."""
+def constant_product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``inputs @ weight + bias``, (..., d_in), (d_in, d_out) and (d_out,), differentiable in the inputs alone."""
+    bias = None if bias is None else bias.detach()
     if inputs.ndim < 2 or not _plain(inputs, weight):
-        return inputs @ weight.detach()
-    result = _ConstantProduct.apply(inputs, weight.detach())
+        return F.linear(inputs, weight.detach().T, bias)
+    result = _ConstantProduct.apply(inputs, weight.detach(), bias)
     assert isinstance(result, Tensor)
     return result
 

@@ -179,7 +179,11 @@ def attack_groups(
 
 def ascend(source: Tensor, gradient: Tensor, step_size: float) -> None:
     """One step of projected sign ascent, in place."""
-    source.add_(gradient.sign().to(source.dtype), alpha=step_size).clamp_(0.0, 1.0)
+    _climb(source, gradient.sign(), step_size)
+
+
+def _climb(source: Tensor, signs: Tensor, step_size: float) -> None:
+    source.add_(signs.to(source.dtype), alpha=step_size).clamp_(0.0, 1.0)
 
 
 def _steps(n_steps: Sequence[int]) -> list[tuple[int, bool]]:
@@ -201,7 +205,7 @@ def _move(loss: LossSum, sources: Mapping[str, Tensor], step_size: float) -> tup
 
     def step(leaf: Tensor, name: str) -> None:
         assert leaf.grad is not None
-        ascend(sources[name], leaf.grad, step_size)
+        _climb(sources[name], leaf.grad.sign_(), step_size)
         leaf.grad = None
         still.discard(name)
 
