@@ -192,6 +192,37 @@ def test_agreement_is_one_for_equal_rows_and_less_for_different_ones() -> None:
     assert 0.5 < curve(net, data, 4, [0] * ROWS).agreement[1] < 0.99
 
 
+def test_each_source_moves_by_its_own_gradient_where_autograd_hands_several_the_same_one() -> None:
+    weights = torch.tensor([[1.0, -2.0, 0.0]])
+    sources = {name: torch.full((1, 3), 0.5) for name in ("first", "second", "twice")}
+
+    def loss(given: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        return ((given["first"] + given["second"] + given["twice"] - 3 * given["twice"]) * weights).sum(), 1
+
+    attack_each(loss, sources, [1], 0.25)
+    for name, sign in (("first", 1), ("second", 1), ("twice", -1)):
+        assert sources[name].tolist() == [[0.5 + 0.25 * sign, 0.5 - 0.25 * sign, 0.5]], name
+
+
+def test_an_attack_lets_every_gradient_go_before_the_next_and_leaves_none_with_parameters() -> None:
+    """Otherwise the gradients of all sites would wait for the last, which is as much memory as the sources."""
+    parameter, kept, seen = torch.nn.Parameter(torch.ones(4)), [], []
+    sources = {name: torch.full((2, 4), 0.5) for name in "abc"}
+
+    def loss(given: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        kept[:] = given.values()
+        total = torch.zeros(())
+        for source in given.values():  # a chain, so that gradients come one after the other
+            if source.requires_grad:
+                source.register_hook(lambda gradient: seen.append(sum(leaf.grad is not None for leaf in kept)))
+            total = (total + source * parameter).tanh().sum()
+        return total, 2
+
+    attack_each(loss, sources, [2], 0.1)
+    assert seen == [0] * 6
+    assert parameter.grad is None and all(leaf.grad is None for leaf in kept)
+
+
 def test_channels_that_do_nothing_are_refused_by_name() -> None:
     sources = {"used": torch.zeros(2, 1), "idle": torch.zeros(2, 1)}
     with pytest.raises(ValueError, match="'idle' do not reach"):
