@@ -220,7 +220,8 @@ def test_an_attack_lets_every_gradient_go_before_the_next_and_leaves_none_with_p
 
     attack_each(loss, sources, [2], 0.1)
     assert seen == [0] * 6
-    assert parameter.grad is None and all(leaf.grad is None for leaf in kept)
+    assert parameter.grad is None
+    assert all(leaf.grad is None for leaf in kept)
 
 
 def test_channels_that_do_nothing_are_refused_by_name() -> None:
