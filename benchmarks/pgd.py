@@ -195,7 +195,7 @@ def main() -> None:
     """Measure every case and write them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # pyright: ignore[reportOptionalMemberAccess]
     parser.add_argument("--spd-root", type=Path, required=True, help="checkout of goodfire-ai/spd")
-    parser.add_argument("--repeats", type=int, default=15, help="turns per case, at least 5")
+    parser.add_argument("--repeats", type=int, default=5, help="turns per case, at least 5")
     parser.add_argument("--only", choices=["evaluation", "training", "memory"], help="one kind of case")
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--memory", nargs=2, metavar=("WHO", "ROWS"), help=argparse.SUPPRESS)
