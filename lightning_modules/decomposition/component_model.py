@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,19 @@ class Forward:
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     acts: dict[str, Tensor]
+
+
+@runtime_checkable
+class OffersStates(Protocol):
+    """A target whose logits are states times a matrix, so that an attack need not hold the logits of a whole batch."""
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """(B, S, width) what the unembedding reads."""
+        ...
+
+    def unembedding(self) -> Tensor:
+        """(width, V), the weight of its module ``lm_head`` transposed."""
+        ...
 
 
 class ComponentModel(nn.Module):
@@ -128,6 +141,7 @@ class ComponentModel(nn.Module):
         keep: Iterable[str] = (),
         frozen: bool = False,
         known: Known | None = None,
+        states: bool = False,
     ) -> Forward:
         """One forward pass of the target with some modules replaced.
 
@@ -137,6 +151,7 @@ class ComponentModel(nn.Module):
             keep: Which of ``inputs``, ``outputs`` and ``acts`` to keep.
             frozen: Leave the components out of the graph (for attacks, which differentiate masks alone).
             known: Shared by all steps of an attack on this batch: what is the same in each is computed once and kept here.
+            states: Stop before the unembedding; only where :meth:`unembedding` gives one.
 
         Raises:
             ValueError: If a mask names a module that is not decomposed.
@@ -146,8 +161,14 @@ class ComponentModel(nn.Module):
             raise ValueError(f"There is no decomposed module {unknown[0]!r}{closest(unknown[0], self.sites)}.")
         run = Replacement(dict(masks or {}), frozenset(keep), {}, {}, {}, frozen, Known() if known is None else known)
         with self._running(run):
-            raw = self.target(batch)
+            raw = self.target.states(batch) if states and isinstance(self.target, OffersStates) else self.target(batch)
         return Forward(output_tensor(raw, self.output_attr), run.inputs, run.outputs, run.acts)
+
+    def unembedding(self) -> Tensor | None:
+        """(width, V) what a target's states become logits by, where it offers them and this matrix is not decomposed."""
+        if not isinstance(self.target, OffersStates) or self.output_attr is not None or "lm_head" in self.sites:
+            return None
+        return self.target.unembedding()
 
     @contextmanager
     def _running(self, run: Replacement) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -116,6 +117,12 @@ class Replacement:
     frozen: bool
     known: Known
 
+    @cached_property
+    def differentiated(self) -> bool:
+        """Every source is being differentiated."""
+        masks = self.masks.values()
+        return torch.is_grad_enabled() and all(isinstance(mask, SourceMask) and mask.source.requires_grad for mask in masks)
+
 
 class Site:
     """One module of the target: calls it, or its components, as the current forward pass says.
@@ -185,8 +192,8 @@ class Site:
         if self.name in known:
             return known[self.name]
         acts, target = self._acts(inputs, run), None if mask.delta is None else self.original(inputs)
-        # where sources alone have gradients, an input without one is the clean input in every step
-        if run.frozen and torch.is_grad_enabled() and not inputs.requires_grad:
+        # where all sources have gradients, and nothing else, an input without one is the clean input in every step
+        if run.frozen and run.differentiated and not inputs.requires_grad:
             known[self.name] = acts, target
         return acts, target
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from theodolite.functional.causal_importance import jittered_logits, sigmoid_pair
 from theodolite.functional.component_masks import ComponentMask, mask_from_source
 from theodolite.functional.decomposition_losses import KL_CHUNK_NUMBERS, ReconKind, recon_count, recon_sum
-from theodolite.functional.kl_divergence import KLReference, kl_sum
+from theodolite.functional.kl_divergence import KLReference, Unembedding, kl_sum
 
 from .ci_functions import ImportanceFunction
 from .component_model import ComponentModel
@@ -34,6 +34,7 @@ class Prepared:
         index: Which microbatch of its step or evaluation batch it is.
         known: What all steps of an attack on it share.
         reference: The target's output, where every step of an attack takes a KL divergence from it.
+        unembedding: Where every step of an attack stops before the target's logits, what makes them.
     """
 
     batch: Tensor
@@ -46,6 +47,7 @@ class Prepared:
     index: int = 0
     known: Known = field(default_factory=Known)
     reference: KLReference | None = None
+    unembedding: Unembedding | None = None
 
     @property
     def upper(self) -> dict[str, Tensor]:
@@ -122,19 +124,21 @@ class Decomposition(nn.Module):
 
     # ------------------------------------------------------------------ one batch
 
-    def look(self, batch: Tensor, jitter: Tensor | None = None) -> Prepared:
+    def look(self, batch: Tensor, jitter: Tensor | None = None, unembedding: Unembedding | None = None) -> Prepared:
         """Clean forward pass (without graph) and causal importances (with graph where gradients are on).
 
         Args:
             batch: The target's input.
             jitter: (..., sum of C) uniform numbers for binomial sampling in training; None = no jitter.
+            unembedding: Makes the target's logits; None = the target itself does.
         """
         with torch.no_grad():
-            clean = self.model(batch, keep=("inputs", "outputs"))
+            clean = self.model(batch, keep=("inputs", "outputs"), states=unembedding is not None)
+            target = clean.output if unembedding is None else unembedding.all_logits(clean.output)
         logits = {name: z.to(torch.promote_types(z.dtype, torch.float32)) for name, z in self.ci_fn(clean.inputs).items()}
         lower_logits = logits if jitter is None else _jittered(logits, jitter)
         lower = {name: self.lower_of(z) for name, z in lower_logits.items()}
-        return Prepared(batch, clean.output, lower, self.upper_of, logits, clean.outputs, clean.inputs)
+        return Prepared(batch, target, lower, self.upper_of, logits, clean.outputs, clean.inputs, unembedding=unembedding)
 
     def recon_sum(self, prepared: Prepared, masks: Mapping[str, ComponentMask], frozen: bool = False, valued: bool = True) -> Tensor:
         """Summed reconstruction loss of the output under ``masks``.
@@ -145,9 +149,10 @@ class Decomposition(nn.Module):
             frozen: Leave the components out of the graph.
             valued: The value is wanted, and not its gradient alone.
         """
-        output = self.model(prepared.batch, masks, frozen=frozen, known=prepared.known if frozen else None).output
+        known, unembedding = (prepared.known, prepared.unembedding) if frozen else (None, None)
+        output = self.model(prepared.batch, masks, frozen=frozen, known=known, states=unembedding is not None).output
         if frozen and prepared.reference is not None:
-            return kl_sum(output.flatten(0, -2), prepared.reference, KL_CHUNK_NUMBERS, valued)
+            return kl_sum(output.flatten(0, -2), prepared.reference, KL_CHUNK_NUMBERS, valued, unembedding)
         return recon_sum(output, prepared.target, self.output_loss)
 
     def recon_count(self, prepared: Prepared) -> int:
@@ -168,11 +173,18 @@ class Decomposition(nn.Module):
     def prepare(self, batch: Any) -> Prepared:
         """Target output and causal importances, without graph and without jitter."""
         with torch.no_grad():
-            prepared = self.look(input_tensor(batch))
+            prepared = self.look(input_tensor(batch), unembedding=self._unembedding())
             prepared.known.steps = True
             if self.output_loss == "kl":
                 prepared.reference = KLReference(prepared.target)
         return prepared
+
+    def _unembedding(self) -> Unembedding | None:
+        """What an attack makes logits by, chunk after chunk; on a GPU many small chunks would take longer."""
+        weight = self.model.unembedding() if self.output_loss == "kl" else None
+        if weight is None or weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return None
+        return Unembedding(weight)
 
     def loss_sum(self, prepared: Prepared, sources: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         """Summed loss under the masks that ``sources`` stand for, differentiable in the sources alone."""

@@ -22,6 +22,7 @@ from theodolite.functional.attacked_product import (
 )
 from theodolite.functional.component_masks import SourceMask, mask_from_source
 from theodolite.functional.pgd import initial_sources
+from theodolite.lightning_modules.decomposition.attacked import attacked_masks
 from theodolite.protocols import SlopedReconstruction
 
 
@@ -142,3 +143,15 @@ def test_a_slope_of_a_decomposition_is_its_loss_s() -> None:
     assert torch.isnan(slope)
     for one, other in zip(*(torch.autograd.grad(total, list(leaves.values())) for total in (loss, slope)), strict=True):
         assert torch.equal(one, other)
+
+
+def test_an_attack_on_a_target_that_offers_its_states_never_holds_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = tiny(torch.float64).requires_grad_(False)
+    sources = initial_sources(parts.source_channels(), (ROWS, LENGTH), "random", (0,), dtype=torch.float64)
+    expected = parts.recon_sum(parts.look(tokens()), attacked_masks(parts.look(tokens()), sources, None))
+    lm_head = parts.model.target.get_submodule("lm_head")
+    monkeypatch.setattr(lm_head, "forward", lambda states: pytest.fail("all logits at once"))
+    prepared = parts.prepare(tokens())
+    assert float(parts.loss_sum(prepared, sources)[0]) == pytest.approx(float(expected), rel=1e-12)
+    everything = {name: torch.ones_like(source) for name, source in sources.items()}
+    assert float(parts.loss_sum(prepared, everything)[0]) == 0.0

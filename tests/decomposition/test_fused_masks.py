@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from theodolite.functional.component_masks import ComponentMask, mask_from_source, rows_at, scaled_acts
-from theodolite.functional.kl_divergence import KLReference, kl_sum
+from theodolite.functional.kl_divergence import KLReference, Unembedding, kl_sum
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -88,6 +88,26 @@ def test_a_gradient_without_its_value_is_the_same_bit_for_bit(dtype: torch.dtype
         assert torch.equal(found, expected)
         assert found.any()
         assert torch.equal(kl_sum(logits.detach(), reference, 14, valued=False), value.detach()), "there is nothing else to compute"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 64])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 5e-2)])
+def test_kl_of_states_is_that_of_their_logits(rows: int, dtype: torch.dtype, error: float) -> None:
+    states, weight = drawn(5, 3).detach().to(dtype).requires_grad_(), (drawn(3, 7, seed=2).detach() * 8 - 4).to(dtype)
+    reference, unembedding = KLReference((drawn(5, 7, seed=1).detach() * 8).to(dtype)), Unembedding(weight, rows)
+    found, expected = kl_sum(states, reference, 1, unembedding=unembedding), kl_sum(states @ weight, reference, 14)
+    torch.testing.assert_close(found, expected, rtol=error, atol=error)
+    (ours,) = torch.autograd.grad(found, states)
+    ours = ours.clone()  # the next gradient takes its memory
+    (theirs,) = torch.autograd.grad(kl_sum(states @ weight, reference, 14), states)
+    torch.testing.assert_close(ours, theirs, rtol=4 * error, atol=4 * error)
+    none = kl_sum(states, reference, 1, False, unembedding)
+    assert torch.isnan(none)
+    assert torch.equal(torch.autograd.grad(none, states)[0], ours)
+    own = KLReference(unembedding.all_logits(states.detach()))
+    same = kl_sum(states, own, 1, unembedding=unembedding)
+    assert float(same.detach()) == 0.0
+    assert not torch.autograd.grad(same, states)[0].any()
 
 
 def test_where_logits_are_the_reference_the_gradient_is_exactly_zero() -> None:

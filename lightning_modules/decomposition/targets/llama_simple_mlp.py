@@ -62,7 +62,11 @@ class LlamaSimpleMLP(nn.Module):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits.
+        """Logits; errors as of :meth:`states`."""
+        return self.lm_head(self.states(tokens))
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """(B, S, width) what the unembedding reads.
 
         Raises:
             ValueError: If the sequence is longer than ``n_ctx``.
@@ -72,7 +76,11 @@ class LlamaSimpleMLP(nn.Module):
         stream = self.wte(tokens)
         for block in self.h:
             stream = block(stream)
-        return self.lm_head(self.ln_f(stream))
+        return self.ln_f(stream)
+
+    def unembedding(self) -> Tensor:
+        """(width, vocabulary): logits are :meth:`states` times this."""
+        return self.lm_head.weight.T
 
 
 class RMSNorm(nn.Module):
