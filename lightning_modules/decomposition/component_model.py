@@ -161,8 +161,13 @@ class ComponentModel(nn.Module):
             raise ValueError(f"There is no decomposed module {unknown[0]!r}{closest(unknown[0], self.sites)}.")
         run = Replacement(dict(masks or {}), frozenset(keep), {}, {}, {}, frozen, Known() if known is None else known)
         with self._running(run):
-            raw = self.target.states(batch) if states and isinstance(self.target, OffersStates) else self.target(batch)
+            raw = self._states(batch) if states else self.target(batch)
         return Forward(output_tensor(raw, self.output_attr), run.inputs, run.outputs, run.acts)
+
+    def _states(self, batch: Any) -> Tensor:
+        if not isinstance(self.target, OffersStates):
+            raise TypeError(f"A {type(self.target).__name__} has no states to stop at; ask for its output.")
+        return self.target.states(batch)
 
     def unembedding(self) -> Tensor | None:
         """(width, V) what a target's states become logits by, where it offers them and this matrix is not decomposed."""

@@ -145,7 +145,7 @@ def test_a_slope_of_a_decomposition_is_its_loss_s() -> None:
         assert torch.equal(one, other)
 
 
-def test_an_attack_on_a_target_that_offers_its_states_never_holds_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attack_on_a_target_that_offers_its_states_makes_no_attacked_logits_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = tiny(torch.float64).requires_grad_(False)
     sources = initial_sources(parts.source_channels(), (ROWS, LENGTH), "random", (0,), dtype=torch.float64)
     expected = parts.recon_sum(parts.look(tokens()), attacked_masks(parts.look(tokens()), sources, None))
@@ -153,5 +153,12 @@ def test_an_attack_on_a_target_that_offers_its_states_never_holds_its_logits(mon
     monkeypatch.setattr(lm_head, "forward", lambda states: pytest.fail("all logits at once"))
     prepared = parts.prepare(tokens())
     assert float(parts.loss_sum(prepared, sources)[0]) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_sources_that_ask_for_no_gradient_leave_nothing_behind_in_what_is_prepared() -> None:
+    parts = tiny(torch.float64).requires_grad_(False)
+    sources = initial_sources(parts.source_channels(), (ROWS, LENGTH), "random", (0,), dtype=torch.float64)
+    prepared = parts.prepare(tokens())
+    assert float(parts.loss_sum(prepared, sources)[0]) > 0
     everything = {name: torch.ones_like(source) for name, source in sources.items()}
     assert float(parts.loss_sum(prepared, everything)[0]) == 0.0

@@ -33,7 +33,7 @@ class KLReference:
 
 
 class Unembedding:
-    """A constant matrix that turns states into logits, a chunk of rows at a time: logits of all rows never exist together.
+    """A constant matrix that turns states into logits, a chunk of rows at a time, so that those of all rows need not be held.
 
     Args:
         weight: (width, V).
@@ -114,9 +114,11 @@ class _KLSum(torch.autograd.Function):
                     reference.log_probabilities[chunk] if isinstance(reference, KLReference) else _log_softmax(reference[chunk].to(wide))
                 )
                 sums.append(torch.linalg.vecdot(log_p - _log_softmax(logits), p).sum())
-            if gradient is not None and unembedding is None:
+            if gradient is None:
+                continue
+            if unembedding is None:
                 torch.sub(_softmax(logits), p, out=gradient[chunk])
-            elif gradient is not None and unembedding is not None:
+            else:
                 gradient[chunk] = unembedding.back(_softmax(logits).sub_(p).to(logits.dtype))
         ctx.save_for_backward(gradient)
         return torch.stack(sums).sum() if sums else inputs.new_zeros((), dtype=wide)
