@@ -216,38 +216,37 @@ def _figure(source: str, caption: str, kind: str = "wide") -> str:
 
 
 def _recovery_table(runs: Sequence[Path]) -> str:
-    from theodolite.reports.html_parts import table
+    from theodolite.reports.html_parts import cell, table
 
     rows = {run.name: recovery_row(run) for run in runs}
     head = ["run", *next(iter(rows.values()))]
-    body = [_row(name, [f"{value:.4g}" for value in row.values()]) for name, row in rows.items()]
-    overall = [spread([row[name] for row in rows.values()]) for name in head[1:]]
+    body = [_row(name, [cell(f"{value:.4g}") for value in row.values()]) for name, row in rows.items()]
     if len(runs) > 1:
-        body.append(_row(f"mean ± sd, n={len(runs)}", [_mean_and_sd(item) for item in overall]))
+        overall = [spread([row[name] for row in rows.values()]) for name in head[1:]]
+        body.append(_row(f"mean ± sd, n={len(runs)}", [cell(f"{item.mean:.4g}", f"± {_deviation(item)}") for item in overall]))
     return table(head, body)
 
 
-def _mean_and_sd(item: Spread) -> str:
-    """Four digits of the mean, and the deviation to the same decimal."""
+def _deviation(item: Spread) -> str:
+    """Two digits; what the mean's own rounding makes is none."""
     mean, sd = item.mean or 0.0, item.sd or 0.0
-    decimals = max(0, 3 - math.floor(math.log10(abs(mean)))) if mean else 0
-    return f"{mean:.{decimals}f} ± {sd:.{decimals if mean else 4}f}"
+    return f"{sd:.2g}" if sd > 1e-12 * abs(mean) else "0"
 
 
 def _attack_table(runs: Sequence[Path]) -> str:
-    from theodolite.reports.html_parts import table
+    from theodolite.reports.html_parts import cell, table
 
     found = attack_spreads(runs)
     power, steps = power_of_ten(found), next(iter(found.values()))
     labels = {label: f"{label}: {EXPLANATIONS.get(label.split('_')[0], '')}" for label in found}
     return table(
         ["attack", *(f"{n} step{'s' * (n != 1)}" for n in steps)],
-        [_row(labels[label], [in_unit(item, power) for item in curve.values()]) for label, curve in found.items()],
+        [_row(labels[label], [cell(in_unit(item, power)) for item in curve.values()]) for label, curve in found.items()],
     )
 
 
-def _row(name: str, values: Sequence[str]) -> str:
-    return f'<tr><th scope="row">{escape(name)}</th>' + "".join(f"<td>{escape(value)}</td>" for value in values) + "</tr>"
+def _row(name: str, cells: Sequence[str]) -> str:
+    return f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>'
 
 
 if __name__ == "__main__":
