@@ -148,7 +148,8 @@ def test_a_slope_of_a_decomposition_is_its_loss_s() -> None:
 def test_an_attack_on_a_target_that_offers_its_states_makes_no_attacked_logits_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = tiny(torch.float64).requires_grad_(False)
     sources = initial_sources(parts.source_channels(), (ROWS, LENGTH), "random", (0,), dtype=torch.float64)
-    expected = parts.recon_sum(parts.look(tokens()), attacked_masks(parts.look(tokens()), sources, None))
+    clean = parts.look(tokens())
+    expected = parts.recon_sum(clean, attacked_masks(clean, sources, None))
     lm_head = parts.model.target.get_submodule("lm_head")
     monkeypatch.setattr(lm_head, "forward", lambda states: pytest.fail("all logits at once"))
     prepared = parts.prepare(tokens())
